@@ -68,10 +68,11 @@ check: .venv/installed-check
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
-# The report in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path), with axe-core.
-browser: .venv/installed-test .axe/package/axe.min.js
+# The report and the site in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path),
+# with axe-core.
+browser: .venv/installed-test .axe/package/axe.min.js docs
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(PY) -m pytest tests/integration/test_browser.py
+	$(PY) -m pytest tests/integration/test_browser.py tests/integration/test_site.py
 
 .axe/package/axe.min.js:
 	mkdir -p .axe
@@ -97,10 +98,10 @@ bench: .venv-bench/installed
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[check]'
 	touch $@
 
-# The site's builder imports only the recipe's schema (docs/hooks.py), so it needs neither torch nor the package.
+# The site's builder needs neither torch nor the package: it reads docstrings from the sources.
 .venv-docs/installed: pyproject.toml constraints.txt
 	test -x .venv-docs/bin/python || python3 -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' 'pydantic>=2.8,<3'
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
 	touch $@
 
 # The peers ask for versions of their own, so they get an environment of their own. What they bring for images and sound does not

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.cases import Case
-from headwater.config.recipe import Generate, Prompt, Source
+from headwater.config.prompt import Prompt
+from headwater.config.recipe import Generate, Source
 from headwater.data.sources import load
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter

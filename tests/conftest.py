@@ -36,9 +36,15 @@ SLOWEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make a folder that all xdist workers share; they inherit the environment variable."""
+    """Make a folder that all xdist workers share; they inherit the environment variables.
+
+    Compiled modules are kept also where the machine switches that off: otherwise each process that a test starts compiles the
+    package again, and each xdist worker all test files.
+    """
     if not hasattr(config, "workerinput"):
         os.environ["HEADWATER_TESTS_SHARED"] = tempfile.mkdtemp(prefix="headwater-tests-")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

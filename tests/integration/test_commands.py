@@ -35,8 +35,8 @@ VERBATIM = {  # command -> regular expression of its output
     "init gsm8k": "student: ",
     "init paper-qwen3-1.7b": "student: ",
     "init pocket > my.yaml": "student: pocket:qwen3-student",
-    "validate problems.jsonl": "300 gold answers, 0 fail",
-    "validate problems.jsonl --task sums": "300 gold answers, 0 fail",
+    "validate problems.jsonl": "300 labels, 0 fail",
+    "validate problems.jsonl --task sums": "300 labels, 0 fail",
     "doctor my.yaml": "nothing is wrong that would spoil a run",
     "run my.yaml --dry-run": "teacher_rl",
     "run my.yaml --dry-run --json": '"steps": ',
@@ -173,9 +173,9 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     "grade --data FILE --task TASK": ("grade --data graded.jsonl --task numeric", '"correct": true'),
     'validate FILE --problem "{context} {question}"': (
         'validate problems.jsonl --problem "{question} {answer}" --task sums',
-        "300 gold answers",
+        "300 labels",
     ),
-    "validate DATA": ("validate held-out.jsonl --task sums", "4 gold answers, 0 fail"),
+    "validate DATA": ("validate held-out.jsonl --task sums", "4 labels, 0 fail"),
     "report DIR…": ("report runs/demo --json", '"verdict"'),
     "watch DIR": ("watch runs/demo --json", '"running": false'),
 }

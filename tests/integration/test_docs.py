@@ -192,7 +192,7 @@ def test_tutorial_script_writes_problems_fitting_its_recipe(tmp_path: Path, monk
     assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
     for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
         result = call("validate", name, "--task", recipe.task)
-        assert result.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in result.out
+        assert result.code == 0 and f"{count} labels, 0 fail; 0 repeated rows" in result.out
 
 
 def test_arms_page_agrees_with_table_of_arms() -> None:
@@ -201,7 +201,7 @@ def test_arms_page_agrees_with_table_of_arms() -> None:
 
 def test_docs_navigation_and_links_lead_to_existing_pages() -> None:
     nav = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert len(nav) == 23 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
+    assert len(nav) == 25 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
     for page, text in PAGES.items():
         links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
         assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == [], page

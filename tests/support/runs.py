@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -171,18 +170,6 @@ def done(folder: Path) -> dict[str, Any]:
     """Content of DONE without the checksums of files that contain seconds."""
     result = {key: value for key, value in load_json(folder / "DONE").items() if key != "check"}
     return {**result, "sums": {name: sum_ for name, sum_ in result["sums"].items() if name not in TIMED}}
-
-
-def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        for path in out.glob(f"nodes/{stage}.*/metrics.jsonl"):
-            if path.read_text(encoding="utf-8").count("\n") >= count:
-                return
-        time.sleep(0.005)
-    process.kill()
-    raise AssertionError(f"{stage} did not reach step {count}")
 
 
 def temporary() -> Path:

@@ -24,7 +24,8 @@ from headwater.config.fitted import (
     forms,
 )
 from headwater.config.fitted_recipe import FittedRecipe
-from headwater.config.recipe import Columns, Prompt, Recipe, Source, parse_recipe
+from headwater.config.prompt import Prompt
+from headwater.config.recipe import Columns, Recipe, Source, parse_recipe
 from headwater.data.describe import describe
 from headwater.data.sources import LoadedProblems, content_fraction, load, without_leaks
 from headwater.doctor.resource_checks import free_memory

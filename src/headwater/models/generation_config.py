@@ -6,13 +6,14 @@ transformers reads entries that contradict each other, such as a temperature wit
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import cached_file
+
+from headwater.models.untrusted_files import parse_json
 
 FILE = "generation_config.json"
 MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
@@ -33,7 +34,7 @@ def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[Genera
     """
     file = cached_file(path, FILE, _raise_exceptions_for_missing_entries=False)
     try:
-        entries = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        entries = None if file is None else parse_json(Path(file).read_bytes())
     except (OSError, ValueError, RecursionError):
         entries = None  # transformers derives it from the config then, too
     if not isinstance(entries, dict):

@@ -19,11 +19,19 @@ from headwater.errors import HeadwaterError, UnsupportedModelError, UserError, e
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
+SMALL_FILES = (*CONFIGS, "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
 
+MAX_SMALL_BYTES, MAX_JSON_VALUES = 8 << 20, 6_000_000
+"""Largest file of SMALL_FILES, and most values in any JSON; parsed, a value takes up to 170 bytes. A vocabulary of 262,144 tokens
+with twice as many merges has 2 million."""
 MAX_BYTES = {".json": 64 << 20, ".model": 128 << 20, ".txt": 128 << 20, ".jinja": 1 << 20}
 """Largest file that is read whole, by its ending."""
+
+
+class TooManyValuesError(ValueError):
+    """JSON that would take gigabytes of memory."""
 
 
 def refuse_unsafe(folder: Path, field: str, name: str) -> None:
@@ -57,7 +65,8 @@ def _refuse_irregular(path: Path, field: str, name: str) -> None:
     """Raises UserError for a device, a pipe or a broken link, whose reading may never end, and for a file of absurd size."""
     if not path.is_file():
         raise UserError(f"{field}: {name} holds {path.name}, which is not a regular file; it was not read: remove it")
-    size, most = path.stat().st_size, MAX_BYTES.get(path.suffix)
+    size = path.stat().st_size
+    most = MAX_SMALL_BYTES if path.name in SMALL_FILES else MAX_BYTES.get(path.suffix)
     if most is not None and size > most:
         raise UserError(
             f"{field}: {name} holds {path.name} of {size:,} bytes, over the {most:,} that such a file may have; it was not read"
@@ -75,10 +84,19 @@ def _not_safetensors(path: Path) -> str:
     return "it is a pickle" if head[:2] == b"PK" or head[:1] == b"\x80" else "its header is not one"
 
 
+def parse_json(data: bytes) -> Any:
+    """The value of JSON in UTF-8. Raises TooManyValuesError, and ValueError or RecursionError for what is no JSON."""
+    if sum(map(data.count, b",[{")) > MAX_JSON_VALUES:
+        raise TooManyValuesError(f"has over {MAX_JSON_VALUES:,} values")
+    return json.loads(data.decode("utf-8"))
+
+
 def read_object(path: Path, field: str, name: str) -> dict[str, Any]:
     """A JSON object. Raises UserError that names field and file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
+    except TooManyValuesError as error:
+        raise UserError(f"{field}: {name} cannot be loaded ({path.name} {error})") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{field}: {name} cannot be loaded ({path.name} is not JSON: {error})") from None
     if not isinstance(value, dict):
@@ -96,6 +114,17 @@ def refuse_code(config: Mapping[str, Any], path: Path, field: str) -> None:
             )
 
 
+def refuse_kernels(config: Any, field: str, name: str) -> None:
+    """Raises UserError if a config names a hub repository as its attention: transformers would download and run its code."""
+    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
+        implementation = getattr(part, "_attn_implementation", None)
+        if isinstance(implementation, str) and "/" in implementation:
+            raise UserError(
+                f"{field}: the config of {name} asks for attention by {implementation!r:.80}, code that would be downloaded and run; "
+                "remove the entry, or set models.trust_remote_code to true only if you have read it"
+            )
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a safetensors file: its shape and the format's name of its type."""
@@ -109,6 +138,8 @@ def read_header(path: Path, field: str, name: str) -> dict[str, Stored]:
     try:
         status = path.stat()
         return dict(_parse_header(path, status.st_size, status.st_mtime_ns))
+    except TooManyValuesError as error:
+        raise UserError(f"{field}: {name} cannot be loaded (the header of {path.name} {error})") from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{field}: {path.name} in {name} has a header that cannot be read ({error!r:.100})") from None
 
@@ -117,7 +148,7 @@ def read_header(path: Path, field: str, name: str) -> dict[str, Stored]:
 def _parse_header(path: Path, size: int, changed: int) -> dict[str, Stored]:
     """The header of a file of this size and time of change; a preflight reads each about forty times."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
     return {
         tensor: Stored(tuple(int(extent) for extent in entry["shape"]), str(entry["dtype"]))
         for tensor, entry in header.items()

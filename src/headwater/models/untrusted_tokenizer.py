@@ -21,6 +21,7 @@ from typing import Any
 
 from headwater.errors import CONTROL_CHARACTERS
 from headwater.models.tokenizer import PROBES
+from headwater.models.untrusted_files import TooManyValuesError, parse_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 CONVERTED = ("tokenizer.model", "spiece.model", "tiktoken.model", "sentencepiece.bpe.model")
@@ -35,9 +36,15 @@ CHILD_SECONDS, CHILD_WALL_SECONDS, CHILD_MEGABYTES = 20, 120.0, 2048
 """Limits of the process that opens an unusual tokenizer: processor time, time, and memory beyond what the packages take."""
 MAX_PARTS, MAX_ADDED_CHARACTERS = 10_000, 1 << 20
 """Largest number of JSON objects in a section, and of characters of all added tokens together."""
+MAX_SPECIAL = 50_000
+"""Most special tokens in a list: transformers takes 0.6 s for 10,000, and 25 times that for these."""
+MAX_WORD = 1000
+"""Largest word that a WordPiece model splits; BERT's is 100."""
 ORDINARY_PARTS, ORDINARY_TEXT = 300, 600
 """Bounds of an ordinary file: objects in all sections, characters of a text in them."""
 SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation")
+ENCODING = SECTIONS[:3]
+"""Sections that a text passes one after the other."""
 ORDINARY = frozenset({
     "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "BertNormalizer", "Prepend", "Replace",
     "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Digits", "Punctuation", "Split",
@@ -64,7 +71,9 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
     for path, _, _ in states:
         if path.suffix == ".json":
             try:
-                values[path.name] = json.loads(path.read_text(encoding="utf-8"))
+                values[path.name] = parse_json(path.read_bytes())
+            except TooManyValuesError as error:
+                return f"{path.name} {error}"
             except (OSError, ValueError, RecursionError) as error:
                 kind = "is nested too deeply" if isinstance(error, RecursionError) else "is not JSON"
                 return f"{path.name} {kind}"
@@ -74,19 +83,29 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
         keys = (key for part in _parts(values.get(name)) for key in part)
         if any(map(CONTROL_CHARACTERS.search, keys)):  # native code prints the names of settings that it does not know
             return f"{name} holds a name with control characters"
+        lists = (value for part in _parts(values.get(name)) for value in part.values() if isinstance(value, list))
+        if max(map(len, lists), default=0) > MAX_SPECIAL:
+            return f"{name} lists over {MAX_SPECIAL:,} special tokens, which are added in time that grows with their square"
     for name, value in values.items():
         largest = max(_ids(name, value), default=0)
         if largest >= limit:
             holds = "no vocabulary reaches it" if rows is None else f"the model's largest weight has {rows} rows"
             return f"{name} gives a token the id {largest}, and {holds}"
     tokenizer = values.get("tokenizer.json")
+    encoded = 1
     for section in SECTIONS:
-        parts = list(itertools.islice(_parts(values.get("tokenizer.json", {}).get(section)), MAX_PARTS + 1))
+        parts = list(itertools.islice(_parts((tokenizer or {}).get(section)), MAX_PARTS + 1))
         if len(parts) > MAX_PARTS:
             return f"the {section} in tokenizer.json has over {MAX_PARTS:,} parts"
         growth = math.prod(map(_growth, parts))
         if growth > MAX_GROWTH:
             return f"the {section} in tokenizer.json makes a text {growth:.3g} times as long"
+        if section in ENCODING:
+            encoded *= growth
+    if encoded > MAX_GROWTH:
+        return f"the {', '.join(ENCODING[:-1])} and {ENCODING[-1]} in tokenizer.json together make a text {encoded:.3g} times as long"
+    if (longest := _longest_word(tokenizer or {})) > MAX_WORD:
+        return f"tokenizer.json splits words of up to {longest} characters, over {MAX_WORD:,}, in time that grows with their cube"
     contents = _added_contents(tokenizer or {})
     if sum(map(len, contents)) > MAX_ADDED_CHARACTERS:
         return f"the added tokens in tokenizer.json have over {MAX_ADDED_CHARACTERS:,} characters"
@@ -152,6 +171,13 @@ def _added_contents(tokenizer: dict[str, Any]) -> list[str]:
     added = tokenizer.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return [token["content"] for token in tokens if isinstance(token.get("content"), str)]
+
+
+def _longest_word(tokenizer: dict[str, Any]) -> float:
+    """Characters of the longest word that a WordPiece model splits; 0 for other models."""
+    model = tokenizer.get("model")
+    longest = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    return longest if isinstance(longest, (int, float)) else 0
 
 
 def _is_ordinary(tokenizer: dict[str, Any]) -> bool:

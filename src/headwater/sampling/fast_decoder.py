@@ -14,6 +14,7 @@ from headwater.models.rope import refuse_mixed_lengths
 from headwater.sampling.fast_architectures import DecoderSpec
 from headwater.sampling.fast_weights import DecoderWeights, Projection
 from headwater.sampling.kv_cache import KVCache, PrefilledPrompts
+from headwater.sampling.step_graphs import StepGraphs
 
 INITIAL_COLUMNS = 64
 """Cache columns allocated at first beyond the longest prompt."""
@@ -51,10 +52,14 @@ class FastDecoder:
         heads = (self.kv_heads, self.width)
         self.cache = KVCache(len(self.weights.layers), max_rows, columns, max_tokens, heads, lanes, dtype, device)
         self.tables = {rope: self._rope_table(rope, max_tokens) for rope in dict.fromkeys(self.spec.ropes)}
+        self.rows = 0
+        self.graphs = StepGraphs(self._step, max_rows, device) if device.type == "cuda" else None
         return max(1, max_rows // REFILL_FRACTION)
 
     def prefill(self, count: int) -> Tensor:
         hidden = []
+        self.cache.resize(self.rows)
+        self.rows += count
         while count:
             if self.prefilled is None:
                 self.prefilled = self._prefill_next()
@@ -67,14 +72,27 @@ class FastDecoder:
         return torch.cat(hidden)
 
     def decode_step(self, token_A: Tensor) -> Tensor:
+        allocated = self.cache.columns
         window = self.cache.reserve_column()
-        attend = self._torch_attention(window) if self.kernels is None else self._kernel_attention(self.kernels)
-        hidden_AH = self._forward(token_A[:, None], attend)
+        if self.graphs is None:
+            hidden_AH = self._step(token_A, window)
+        else:
+            if self.cache.columns != allocated:
+                self.graphs.clear()
+            self.cache.resize(self.graphs.padded_rows(self.rows))
+            hidden_AH = self.graphs.run(token_A, window, self.cache.columns)
+            self.cache.resize(self.graphs.padded_rows(self.rows))  # where the first capture has just failed
         self.cache.advance()
-        return self.weights.last_norm(hidden_AH)
+        return hidden_AH
+
+    def _step(self, token_A: Tensor, window: int) -> Tensor:
+        """One token of each row, whose attention reads the first `window` columns. Positions do not advance."""
+        attend = self._torch_attention(window) if self.kernels is None else self._kernel_attention(self.kernels)
+        return self.weights.last_norm(self._forward(token_A[:, None], attend))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
+        self.rows = len(rows)
 
     def _prefill_next(self) -> PrefilledPrompts:
         """Run the next distinct prompts in one pass, right-padded, so that only causality and sliding windows mask."""

@@ -57,17 +57,26 @@ class KVCache:
         self.keys = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in range(layers)]
         self.bias_SKT = torch.full(value_shape[:3], -torch.inf, dtype=dtype, device=device)
-        self.position_A = torch.empty(0, dtype=torch.long, device=device)
-        # Flat (row, head, column) index at which the next key and value of each row and head are written.
-        self.write_N = torch.empty(0, dtype=torch.long, device=device)
+        # Memory that stays where it is, for graphs of a step (`step_graphs`).
+        self.position_S = torch.zeros(rows, dtype=torch.long, device=device)
+        self.write_S = torch.zeros(rows * self.kv_heads, dtype=torch.long, device=device)
         self.lengths: list[int] = []
+        self._update_write_index()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def resize(self, rows: int) -> None:
+        """Drop the last rows, or append rows without a sequence, whose outputs mean nothing."""
+        added = rows - len(self)
+        if added:
+            self.position_S[len(self) : rows] = 0
+            self.lengths = self.lengths[:rows] + [0] * added
+            self._update_write_index()
+
     def insert(self, prefilled: PrefilledPrompts, prompts: Sequence[int]) -> Tensor:
         """Append one row for each of these prefilled prompts: their hidden states (E, H)."""
-        device = self.position_A.device
+        device = self.position_S.device
         prompt_E, length_E = torch.tensor([(row, prefilled.lengths[row]) for row in prompts], device=device).t()
         rows = slice(len(self), len(self) + len(prompts))
         new_tensors = (*map(self._interleave, prefilled.keys), *prefilled.values)
@@ -76,7 +85,7 @@ class KVCache:
             cached[rows, :, new.shape[2] :] = 0.0  # clear what a removed row left here, which may be NaN
         past_E1T = torch.arange(self.columns, device=device) >= length_E[:, None, None]
         self.bias_SKT[rows] = torch.zeros_like(self.bias_SKT[rows]).masked_fill_(past_E1T, -torch.inf)
-        self.position_A = torch.cat([self.position_A, length_E])
+        self.position_S[rows] = length_E
         self.lengths += [prefilled.lengths[row] for row in prompts]
         self._update_write_index()
         return prefilled.hidden_PH[prompt_E]
@@ -116,17 +125,19 @@ class KVCache:
         """Reorder the rows: new row i is old row rows[i]; all other rows are dropped."""
         moved = [(source, target) for target, source in enumerate(rows) if source != target]
         if moved:
-            source_M, target_M = torch.tensor(moved, device=self.position_A.device).t()
+            source_M, target_M = torch.tensor(moved, device=self.position_S.device).t()
             # Copy whole rows, so that nothing of a removed row remains.
-            for tensor in (*self.keys, *self.values, self.bias_SKT, self.position_A):
+            for tensor in (*self.keys, *self.values, self.bias_SKT, self.position_S):
                 tensor.index_copy_(0, target_M, tensor.index_select(0, source_M))
-        self.position_A = self.position_A[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
         self._update_write_index()
 
     def _update_write_index(self) -> None:
-        first_N = torch.arange(len(self) * self.kv_heads, device=self.position_A.device) * self.columns
-        self.write_N = first_N + self.position_A.repeat_interleave(self.kv_heads)
+        """Set position_A (A,), each row's next position, and write_N, the flat (row, head, column) index of its key and value."""
+        count = len(self) * self.kv_heads
+        self.position_A, self.write_N = self.position_S[: len(self)], self.write_S[:count]
+        first_N = torch.arange(count, device=self.position_S.device) * self.columns
+        torch.add(first_N, self.position_A.repeat_interleave(self.kv_heads), out=self.write_N)
 
     def _grow(self) -> None:
         more = min(self.max_columns, 2 * self.columns) - self.columns

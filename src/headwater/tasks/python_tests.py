@@ -30,26 +30,31 @@ class Gold:
 
 
 def read_gold(gold: str) -> Gold | None:
-    """Parse a gold answer; None if it has no tests or they are no valid Python.
+    """Parse a gold answer; None if it has no tests or they are no valid Python. Parsing hostile tests may take minutes and gigabytes.
 
     Example: `read_gold("assert f(1) == 2")` is `Gold(tests="assert f(1) == 2")`.
     """
-    parsed = Gold(gold)
-    if gold.lstrip().startswith("{"):
-        try:
-            fields = json.loads(gold)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(fields, dict) or not isinstance(fields.get("tests"), str):
-            return None
-        solution, entry_point = fields.get("solution"), fields.get("entry_point")
-        if not all(value is None or isinstance(value, str) for value in (solution, entry_point)):
-            return None
-        parsed = Gold(fields["tests"], solution, entry_point)
+    parsed = _fields(gold)
     try:
-        return parsed if ast.parse(parsed.tests).body else None
+        return parsed if parsed and ast.parse(parsed.tests).body else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def _fields(gold: str) -> Gold | None:
+    """The fields of a gold answer, its tests unparsed; None if they are of other types."""
+    if not gold.lstrip().startswith("{"):
+        return Gold(gold)
+    try:
+        fields = json.loads(gold)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("tests"), str):
+        return None
+    solution, entry_point = fields.get("solution"), fields.get("entry_point")
+    if not all(value is None or isinstance(value, str) for value in (solution, entry_point)):
+        return None
+    return Gold(fields["tests"], solution, entry_point)
 
 
 def last_block(completion: str) -> tuple[str | None, str]:
@@ -95,6 +100,6 @@ def grade(gold: str, completion: str) -> tuple[bool, str]:
 
 
 def as_completion(gold: str) -> str | None:
-    """The gold's own solution, or None if it has none."""
-    wanted = read_gold(gold)
+    """The gold's own solution, or None if it has none. Always fast: the tests are not parsed."""
+    wanted = _fields(gold)
     return None if wanted is None or wanted.solution is None else f"```python\n{wanted.solution}\n```"

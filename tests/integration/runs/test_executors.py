@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from forked_study import RunningProcess, is_alive, start, wait_for_steps
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.runs.executors import base as executor
 from headwater.runs.plan import Node
@@ -22,16 +23,13 @@ from headwater.storage.run_dir import RunDir
 from runs import (
     assert_same,
     call,
-    environment,
     infos,
     load_json,
     node,
-    program,
     rows,
     sets,
     temporary,
     tiny,
-    wait_for_steps,
 )  # fmt: skip
 
 ARMS = "direct_grpo,raw_teacher"
@@ -132,12 +130,11 @@ def test_node_error_is_written_to_failed_file_with_exit_code(
 # Dead workers and stop requests -------------------------------------------------------------------
 
 
-def start(out: Path) -> subprocess.Popen[str]:
-    command = program("study", "pocket", "--arms", ARMS, "--workers", "2", "--out", out, *sets(*LONG))
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+def study(out: Path) -> tuple[str | Path, ...]:
+    return ("study", "pocket", "--arms", ARMS, "--workers", "2", "--out", out, *sets(*LONG))
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
+def workers_of(process: RunningProcess) -> list[int]:
     """Process ids of the workers that run."""
     workers = []
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -148,32 +145,21 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return workers
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_killed_worker_is_replaced_and_interrupted_study_resumes_bitwise(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(out)
-    assert process.stderr is not None
+    process = start(tmp_path / "process", *study(out))
     wait_for_steps(out, "student_rl", 2, process)
     for pid in workers_of(process)[:1]:
         os.kill(pid, signal.SIGKILL)
-    result = ""
-    while "it goes on in another one" not in result:
-        line = process.stderr.readline()
-        assert line, result
-        result += line
-    assert "was killed by SIGKILL" in result
+    while "it goes on in another one" not in process.err():
+        assert process.poll() is None, process.err()
+        time.sleep(0.005)
+    assert "was killed by SIGKILL" in process.err()
     wait_for_steps(out, "warmup", 2, process)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in result + rest
-    assert rest.count("stopping after this step, with a checkpoint") == 1
-    assert f"headwater: interrupted; the same command with --out {out} resumes" in rest
+    process.kill(signal.SIGINT)
+    assert process.wait(60) == 130 and "Traceback" not in process.err()
+    assert process.err().count("stopping after this step, with a checkpoint") == 1
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in process.err()
     for path in out.glob("nodes/*/metrics.jsonl"):
         # A worker that took over from the killed one may not have begun when it was asked to stop: then there is none.
         checkpoints = sorted((path.parent / "checkpoint").glob("[0-9]*"))
@@ -187,7 +173,7 @@ def test_killed_worker_is_replaced_and_interrupted_study_resumes_bitwise(tmp_pat
 
 def test_killed_study_leaves_no_worker_and_releases_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(out)
+    process = start(tmp_path / "process", *study(out))
     wait_for_steps(out, "student_rl", 2, process)
     refused = tiny("study", out, "--arms", ARMS, changes=LONG)
     assert refused.code == 2
@@ -197,9 +183,9 @@ def test_killed_study_leaves_no_worker_and_releases_folder(tmp_path: Path) -> No
     pids = workers_of(process)
     assert len(pids) == 2
     process.kill()
-    process.wait(timeout=10)
+    process.wait(10)
     deadline = time.monotonic() + 2
-    while any(alive(pid) for pid in pids):
+    while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     with RunDir(out).locked():

@@ -74,6 +74,17 @@ def test_gold_object_has_solution_and_entry_point() -> None:
     assert python_tests.as_completion(TESTS) is None
 
 
+def test_hostile_gold_is_parsed_by_bounded_worker_alone(tmp_path: Path) -> None:
+    """So many fields take 20 s to parse."""
+    gold = {"tests": "x = f'" + "{1}" * 100_000 + "'", "solution": RIGHT}
+    started = time.monotonic()
+    assert python_tests.as_completion(json.dumps(gold)) == f"```python\n{RIGHT}\n```"
+    assert time.monotonic() - started < 1
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"problem": "p", "answer": gold}) + "\n", encoding="utf-8")
+    assert [reason for _, _, reason in validate(Source(path=str(path)), "python", workers=1).failed] == ["timeout"]
+
+
 ESCAPES = {
     "sys.exit while it loads": "import sys\nsys.exit(0)",
     "os._exit while it loads": "import os\nos._exit(0)",

@@ -48,4 +48,4 @@ def test_validate_names_its_file_before_it_reads_it(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "headwater", "validate", "missing.jsonl"]
     ended = subprocess.run(program, check=False, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     first, error = ended.stderr.splitlines()
-    assert "grading the gold answers of missing.jsonl" in first and error.startswith("headwater: ")
+    assert "grading the labels of missing.jsonl" in first and error.startswith("headwater: ")

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
-from headwater.models import prompts
+from headwater.models import prompts, untrusted_files
 from headwater.models import resource_limits as limits
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
@@ -81,6 +82,18 @@ def test_remote_code_in_config_is_refused_by_field_unimported(name: str, folder:
         with pytest.raises(UserError, match=f"auto_map in .*{name} names code .* models.trust_remote_code"):
             act()
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_config_naming_code_for_attention_is_refused(key: str, folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for value in ("kernels-community/flash-attn2", "paged|owner/name:function", {"": "owner/name@main"}):
+        path.write_text(json.dumps(config | {key: value}), encoding="utf-8")
+        with pytest.raises(UserError, match=r"asks for attention by '.*/.*', code that would be downloaded and run"):
+            assert ModelFolder.open(str(folder), "models.student").config
+    path.write_text(json.dumps(config | {key: "sdpa"}), encoding="utf-8")
+    assert ModelFolder.open(str(folder), "models.student").config._attn_implementation == "sdpa"
 
 
 def test_shard_index_leading_outside_folder_is_refused(folder: Path) -> None:
@@ -175,6 +188,28 @@ def test_model_folder_with_huge_text_file_is_refused_by_its_size(folder: Path) -
         file.truncate(1 << 40)  # no block of it is on the disk
     with pytest.raises(UserError, match=r"holds chat_template\.jinja of 1,099,511,627,776 bytes"):
         ModelFolder.open(str(folder), "models.student")
+
+
+def test_model_folder_with_large_config_is_refused_by_its_size(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_bytes(b" " * ((8 << 20) + 1))
+    with pytest.raises(UserError, match=r"special_tokens_map\.json of 8,388,609 bytes, over the 8,388,608 that"):
+        ModelFolder.open(str(folder), "models.student")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "extra.safetensors"])
+def test_json_of_too_many_values_is_refused_unparsed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed, lists of lists take 32 times their text."""
+    monkeypatch.setattr(untrusted_files, "MAX_JSON_VALUES", 1_000_000)
+    text = b'{"x": [' + b"[[]]," * 334_000 + b"0]}"
+    header = len(text).to_bytes(8, "little") if name.endswith(".safetensors") else b""
+    (folder / name).write_bytes(header + text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=rf"{re.escape(name)}.* has over 1,000,000 values"):
+            assert ModelFolder.open(str(folder), "models.student").tokenizer
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_config_asking_for_huge_tables_is_refused_before_allocation(tmp_path: Path) -> None:

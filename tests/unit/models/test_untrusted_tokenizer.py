@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from headwater.models import untrusted_tokenizer
+from headwater.models.folder import ModelFolder
 from headwater.models.untrusted_tokenizer import problem_of_tokenizer
 
 PLAIN: dict[str, Any] = {
@@ -64,6 +66,20 @@ FROM_JSON: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "the post_processor in tokenizer.json makes a text 99 times",
     ),
+    "growth in each section": (
+        replaced(
+            normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 30},
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 20,
+            },
+        ),
+        "the normalizer, pre_tokenizer and post_processor in tokenizer.json together make a text 600 times as long",
+    ),
+    "long words": (
+        replaced(model={"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 65_536}),
+        "splits words of up to 65536 characters, over 1,000",
+    ),
     "many parts": (replaced(normalizer=sequence(*[{"type": "Lowercase"}] * 10_001)), "has over 10,000 parts"),
     "added tokens": (
         replaced(
@@ -98,6 +114,14 @@ def test_ids_of_other_tokenizer_files_are_compared_with_rows(name: str, tmp_path
         == f"{name} gives a token the id 2147483648, and the model's largest weight has 30 rows"
     )
     assert problem(tmp_path, {}, name=name) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_long_list_of_special_tokens_is_refused(name: str, tmp_path: Path) -> None:
+    tokens = [f"<{number}>" for number in range(50_001)]
+    refusal = problem(tmp_path, {"extra_special_tokens": tokens}, name=name)
+    assert refusal is not None and f"{name} lists over 50,000 special tokens" in refusal
+    assert problem(tmp_path, {"extra_special_tokens": tokens[1:]}, name=name) is None
 
 
 def test_unprintable_name_of_setting_is_refused(tmp_path: Path) -> None:
@@ -169,3 +193,18 @@ def test_unusual_tokenizer_is_first_opened_in_bounded_process(
     refusal = problem(tmp_path, tokenizer)
     assert refusal is None if sentence is None else sentence in (refusal or "")
     assert capfd.readouterr() == ("", "")  # no backtrace of native code
+
+
+def test_every_tokenizer_file_of_hub_is_checked_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    remote.mkdir()
+    cache.mkdir()
+    (remote / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    (remote / "vocab.json").write_text(json.dumps({"x": 1 << 31}), encoding="utf-8")
+
+    def download(repository: str, name: str, **options: bool) -> str | None:
+        return shutil.copy(remote / name, cache) if (remote / name).exists() else None
+
+    monkeypatch.setattr("headwater.models.folder.cached_file", download)
+    problem = ModelFolder("owner/name", "models.student", "owner/name")._problem_of_tokenizer()
+    assert problem == "vocab.json gives a token the id 2147483648, and no vocabulary reaches it"
