@@ -72,14 +72,9 @@ class PretrainSpec:
     autocast: bool = False
     init_std: float = 0.02
     rope_theta: float = 10_000.0
-<<<<<<< HEAD
     task: Literal["sums", "countdown", "skills"] = "sums"
     dials: sums.SumsDials | countdown.CountdownDials | skills.SkillsDials = sums.DIALS
-=======
-    task: Literal["sums", "countdown"] = "sums"
-    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS
     vocabulary: Vocabulary = "characters"
->>>>>>> main
 
     @property
     def steps(self) -> int:

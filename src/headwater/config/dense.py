@@ -96,11 +96,6 @@ class Dense(Strict):
             )
         if self.divergence == "uld" and self.top_k is not None:
             raise ValueError("top_k: divergence uld needs the teacher's whole distribution")
-<<<<<<< HEAD
-        for several in ("teacher_weights", "gain_over"):
-            if self.tokenizers == "aligned" and getattr(self, several) is not None:
-                raise ValueError(f"{several}: several models need one vocabulary; set tokenizers to same")
-=======
         if self.tokenizers != "same" and self.teacher_weights is not None:
             raise ValueError("teacher_weights: a composed teacher needs one vocabulary; set tokenizers to same")
         if self.tokenizers != "same" and self.gain_over is not None:
@@ -109,7 +104,6 @@ class Dense(Strict):
             raise ValueError(
                 f"token_weights.soft_or: needs a KL at each token, and divergence {self.divergence} has none here"
             )
->>>>>>> main
         return self
 
     @model_serializer(mode="wrap")

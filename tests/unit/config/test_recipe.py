@@ -266,9 +266,3 @@ def test_chat_is_written_only_if_off() -> None:
     assert Prompt().model_dump(mode="json") == earlier  # run directories from before the field stay the same run's
     assert Prompt(chat=False).model_dump(mode="json") == {**earlier, "chat": False}
     assert Prompt.model_validate(Prompt(chat=False).model_dump()) == Prompt(chat=False)
-
-
-@pytest.mark.parametrize("several", [{"gain_over": "start"}, {"teacher_weights": {"teacher": 1.25, "start": -0.25}}])
-def test_several_teachers_with_aligned_tokenizers_are_refused(several: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(several))}: several models need one vocabulary"):
-        stage_of("opd", dense={"tokenizers": "aligned", **several})
