@@ -192,12 +192,11 @@ def start_from(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name:
     """Copy the weights of a shipped model of characters; a longer token starts as the mean of its characters."""
     shipped = AutoModelForCausalLM.from_pretrained(str(files("headwater") / "pocket" / name), dtype=torch.float32)
     weights, ids = shipped.state_dict(), make_tokenizer().get_vocab()
-    embedding = model.get_input_embeddings().weight  # tied to the head
     rows = {
         id_: [ids[token]] if token in ids else [ids[letter] for letter in token]
         for token, id_ in tokenizer.get_vocab().items()
     }
-    own = torch.stack([weights["model.embed_tokens.weight"][rows[id_]].mean(dim=0) for id_ in range(len(embedding))])
+    own = torch.stack([weights["model.embed_tokens.weight"][rows[id_]].mean(dim=0) for id_ in range(len(rows))])
     tables = {"model.embed_tokens.weight": own, "lm_head.weight": own}
     model.load_state_dict({**weights, **{key: table for key, table in tables.items() if key in weights}})
 
