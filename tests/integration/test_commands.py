@@ -32,6 +32,7 @@ VERBATIM = {  # command -> regular expression of its output
     "explain stages.opd": "objective: ",
     "explain stages.opd.optim.lr": "number > 0",
     "explain --schema > recipe.schema.json": '"title": "Headwater recipe"',
+    "init --all": "microbatch_tokens: ",
     "init gsm8k": "student: ",
     "init paper-qwen3-1.7b": "student: ",
     "init pocket > my.yaml": "student: pocket:qwen3-student",
