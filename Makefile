@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo install test test-unit test-integration test-engines real check fuzz chaos many endurance bench docs browser clean
+.PHONY: demo install test test-unit test-integration test-engines real gpu gpu-packages check fuzz chaos many endurance bench docs browser clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -55,6 +55,22 @@ real: .venv/installed-test .venv-bench/installed-engines
 	$(PY) -m tools.real SmolLM2-135M-Instruct Qwen2.5-Coder-0.5B-Instruct gemma-3-270m
 	$(PY) -m pytest -m real tests/real/test_checkpoints.py
 	.venv-bench/bin/python -m pytest -m real -s tests/real/test_engines.py
+
+# On a machine with a GPU and neither network nor installs: Python with torch, transformers and pytest. Core packages that such a machine
+# lacks come in .gpu/packages, which `make gpu-packages` fills where a registry is at hand. Without a GPU the tests run on the CPU alone.
+GPU_PYTHON ?= python3
+GPU_PATH := src:tests/support:.:.gpu/packages
+gpu:
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m benchmarks --workloads gpu --runs 1 --json runs/gpu.json
+
+# Pure Python but for pydantic-core, for x86-64 Linux. The others belong to pydantic, math-verify and httpx2, in the versions that these need.
+GPU_VERSION ?= 3.12
+gpu-packages: .venv/bin/python
+	$(PY) -m pip install --quiet --upgrade --target .gpu/packages --no-deps --no-compile --only-binary :all: --python-version $(GPU_VERSION) \
+	  --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --constraint constraints.txt \
+	  pydantic pydantic-core==2.50.4 annotated-types typing-inspection math-verify latex2sympy2_extended antlr4-python3-runtime==4.13.2 \
+	  httpx2 httpcore2==2.16.2 truststore idna typing-extensions
 
 endurance: .venv/installed-test
 	PYTHONPATH=. $(PY) tests/support/endurance.py --steps 4000 --nodes 200
@@ -118,4 +134,4 @@ bench: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-many .venv-docs .axe site .bench runs build dist src/*.egg-info
+	rm -rf .venv .venv-bench .venv-many .venv-docs .gpu .axe site .bench runs build dist src/*.egg-info

@@ -208,6 +208,8 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
     "python -m tools.real": "fetches real weights: make real",
+    "python -m tools.parts split": "tests/integration/tools/test_gpu_study.py splits and joins a pocket model",
+    "python -m tools.gpu_study": "needs a GPU: tests/integration/tools/test_gpu_study.py runs it with pocket models",
     "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
     "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",

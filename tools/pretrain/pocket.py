@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from headwater.tasks import countdown, sums
+from headwater.tasks import countdown, skills, sums
 from tools.pretrain.common import (  # fmt: skip
     ASSISTANT,
     END,
@@ -72,8 +72,8 @@ class PretrainSpec:
     autocast: bool = False
     init_std: float = 0.02
     rope_theta: float = 10_000.0
-    task: Literal["sums", "countdown"] = "sums"
-    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS
+    task: Literal["sums", "countdown", "skills"] = "sums"
+    dials: sums.SumsDials | countdown.CountdownDials | skills.SkillsDials = sums.DIALS
     vocabulary: Vocabulary = "characters"
 
     @property
@@ -127,6 +127,30 @@ POCKET: dict[str, PretrainSpec] = {
         autocast=True,
         task="countdown",
         dials=countdown.DIALS,
+    ),
+    # Of the many-skill task they know four methods for each skill, and which of them is right no better than chance.
+    "skills-student": PretrainSpec(
+        "qwen3",
+        hidden=64,
+        layers=2,
+        worked_steps=0,
+        mixture_steps=1500,
+        p_cot=0.25,
+        lr=2e-3,
+        task="skills",
+        dials=skills.SkillsDials(skills=skills.SKILLS),
+    ),
+    "skills-teacher": PretrainSpec(
+        "qwen3",
+        hidden=128,
+        layers=3,
+        worked_steps=0,
+        mixture_steps=1500,
+        p_cot=0.25,
+        lr=2e-3,
+        autocast=True,
+        task="skills",
+        dials=skills.SkillsDials(skills=skills.SKILLS),
     ),
 }
 
@@ -225,7 +249,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
 
 def measure(
     folder: Path,
-    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS,
+    dials: sums.SumsDials | countdown.CountdownDials | skills.SkillsDials = sums.DIALS,
     problems: int = 500,
     seed: int = 0,
     task: str = "sums",
