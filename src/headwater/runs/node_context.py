@@ -16,10 +16,10 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
-from headwater.models.prompts import Prompter
+from headwater.models.prompts import Prompter, with_context
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, base_of
+from headwater.runs.plan import Node, Plan, Role, base_of, reads_contexts
 from headwater.runs.tokenizers import token_pair
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
@@ -85,23 +85,38 @@ class NodeContext:
 
     def teacher(self, source: Role | Node, node: Node) -> Supervisor:
         """Load a model that supervises a node's stage. It reads words and token ids of its own where the recipe gives it some."""
+        return self.in_own_words(self.frozen(source, node.settings), base_of(source), node)
+
+    def in_own_words(self, model: Teacher, role: Role, node: Node) -> Supervisor:
+        """A model of this role that supervises a node's stage, behind the prompts and token ids that it reads there."""
         assert node.settings is not None
-        inputs, model = self.inputs, self.frozen(source, node.settings)
-        own_words = inputs.recipe.prompt.teacher is not None and node.learner == "student"
-        if not (own_words or node.aligns_tokenizers):
+        inputs = self.inputs
+        own_prompt = inputs.recipe.prompt.teacher is not None and node.learner == "student"
+        if not (own_prompt or node.aligns_tokenizers):
             return model
-        pair = token_pair(inputs, node.learner, base_of(source)) if node.aligns_tokenizers else None
+        pair = token_pair(inputs, node.learner, role) if node.aligns_tokenizers else None
         prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
+        contexts = inputs.contexts if node.learner == "student" else {}
+
+        def prompt_ids(name: str) -> tuple[int, ...]:
+            return with_context(prompter, inputs.recipe.prompt, contexts.get(name)).ids(problems[name])
+
         width = int(inputs.config(node.learner).get_text_config().vocab_size)
         return TranslatedTeacher(
             model=model,
-            prompt_ids=cache(lambda name: prompter.ids(problems[name])),
+            prompt_ids=cache(prompt_ids),
             pair=pair,
             form=form_of(node.settings.dense),
             tokenizer=inputs.tokenizer(node.learner),
             vocabulary=model.vocabulary if pair is None else width,
             make_sampler=inputs.sampler,
         )
+
+    def labels_shown(self, node: Node) -> frozenset[str]:
+        """Problems whose gold answer the teacher of a node's rollouts reads in its context."""
+        teacher = self.inputs.recipe.prompt.teacher
+        reads = teacher is not None and teacher.privileged is not None and reads_contexts(node)
+        return self.inputs.labeled.answer_in_context if reads else frozenset()
 
     def trainee(self, node: Node) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""

@@ -18,7 +18,7 @@ from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals, start_final_evaluation
 from headwater.runs.node_context import LoadTeacher, NodeContext
-from headwater.runs.plan import Node, scorers
+from headwater.runs.plan import Node, base_of, scorers
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.build import importance_cap
 from headwater.storage import fault_points
@@ -172,7 +172,8 @@ def rollout_source(
         prompts = inputs.prompts(node.pool, stage)
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
     reference = context.reference(node, policy) if uses_reference(node, objective) else None
-    teacher = stage_teacher(node, policy, reference, load_teacher) if "teacher" in objective.signals else None
+    start = None if reference is None else context.in_own_words(reference, base_of(node.start), node)
+    teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
     prompter = context.prompter(node, policy)
     prompts = inputs.prompts(node.pool, stage)
     if stage.grades_spent_labels:
@@ -198,6 +199,7 @@ def rollout_source(
         reference=reference if "reference" in objective.signals else None,
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
+        labels_shown=context.labels_shown(node),
     )
 
 
@@ -214,14 +216,14 @@ def uses_reference(node: Node, objective: Objective) -> bool:
 
 
 def stage_teacher(
-    node: Node, policy: Policy, reference: Policy | None, load_teacher: LoadTeacher
+    node: Node, policy: Policy, start: Supervisor | None, load_teacher: LoadTeacher
 ) -> Supervisor | ComposedTeacher | None:
     """The model that scores a stage's rollouts, or the combination of several; None without one.
 
     Raises UserError where vocabularies have different widths.
     """
     sources = scorers(node)
-    models = [reference if source == node.start else load_teacher(source) for source in sources]
+    models = [start if source == node.start else load_teacher(source) for source in sources]
     loaded = tuple(model for model in models if model is not None)
     for model in loaded:
         refuse_different_widths(policy, model, ("models.student", "models.teacher"))
@@ -274,6 +276,8 @@ def write_rollouts(node: Node, context: NodeContext, result: StepResult, objecti
     parts = policy.ranks.all_gather(own) if shown else []
     signals = {i: signal for part in parts for i, signal in part.items()}
     lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
+    shown_labels = context.labels_shown(node) if objective.source == "policy" else frozenset()
+    lines = [line | ({"label_shown": True} if line["problem_id"] in shown_labels else {}) for line in lines]
     folder.keep(result.step, folder.rollouts(result.step), lines)
 
 
@@ -295,7 +299,9 @@ def label_note(node: Node, context: NodeContext) -> dict[str, Any] | None:
     """The labels that a stage may look at: {"pool", "distinct_allowed"}; None for a node that does not train."""
     if node.kind != "train" or node.settings is None or node.pool is None:
         return None
-    allowed = len(context.inputs.pool(node.pool)) if node.settings.needs_labels else 0
+    pool = context.inputs.pool(node.pool)
+    shown = context.labels_shown(node) & set(pool) if node.settings.on_policy else ()
+    allowed = len(pool) if node.settings.needs_labels else len(shown)
     return {"pool": node.pool, "distinct_allowed": allowed}
 
 
