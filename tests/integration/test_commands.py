@@ -81,6 +81,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     "init [NAME]": ("init", "student: pocket:qwen3-student"),
     "run RECIPE [--arm NAME]": ("run my.yaml --arm direct_grpo --out runs/one SMALL", "direct_grpo"),
     "run gsm8k": ("run gsm8k --dry-run", "teacher_rl"),
+    "run my.yaml": ("run my.yaml --out runs/my SMALL", "bridge"),
     "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge"),
     "study RECIPE [--arms a,b] [--seeds 0,1]": ("study my.yaml --arms direct_grpo,raw_teacher --dry-run", "student_rl"),
     "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out runs/my-study": (
