@@ -11,7 +11,7 @@ from typing import Any
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import TrainingStoppedError
+from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
@@ -125,8 +125,18 @@ class NodeContext:
         return self.load(node.start, frozen=False, adapter=adapter)
 
     def reference(self, node: Node, policy: Policy) -> Policy:
-        """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy."""
-        return self.load(node.start, frozen=True) if policy.adapter is None else policy.reference()
+        """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy.
+
+        A copy that follows the policy (`dense.start_update`) is in float32, as the policy is: a small change would be rounded away.
+        """
+        if policy.adapter is not None:
+            return policy.reference()
+        assert node.settings is not None
+        if node.settings.dense.start_update is not None and not policy.ranks.single_process:
+            raise UserError(f"stages.{node.stage}.dense.start_update: runs in one process; leave torchrun out")
+        reference = self.load(node.start, frozen=node.settings.dense.start_update is None)
+        reference.model.requires_grad_(False).eval()
+        return reference
 
     def steps(self, node: Node) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""

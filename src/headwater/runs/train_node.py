@@ -33,6 +33,7 @@ from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoin
 from headwater.training.early_stopping import PlateauMonitor
 from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes, unchanged_teacher
 from headwater.training.loop import Source, StepResult, train_steps
+from headwater.training.moving_copy import MovingCopy
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
 from headwater.training.update import make_optimizer
 
@@ -80,10 +81,16 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     stage, recipe, folder, progress = node.settings, context.inputs.recipe, context.node_dir(node), context.progress
     objective = objective_of(stage, importance_cap(recipe))
     load_teacher: LoadTeacher = cache(partial(context.teacher, node=node))
-    source = rollout_source(node, context, policy, objective, load_teacher)
+    reference = context.reference(node, policy) if uses_reference(node, objective) else None
+    copy = (
+        None
+        if stage.dense.start_update is None or reference is None
+        else MovingCopy(reference.model, stage.dense.start_update)
+    )
+    source = rollout_source(node, context, policy, objective, reference, load_teacher)
     measurements = StageMeasurements(node, context, policy, load_teacher)
     optimizer = make_optimizer(policy, stage.optim)
-    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks)
+    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks, copy)
     fault_points.failpoint("stage.loaded")
     folder.cut_back_to(done if done else -1)
     prune(folder)  # a process killed right after its last checkpoint has not pruned
@@ -118,12 +125,14 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     marks = logs.marks()
     ended = measure(done)
     if done and logs.marks() != marks:  # an interrupt had left it out: the checkpoint refers to it as any other does
-        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks)
+        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks, copy)
     if ended and done:
         return done
     for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
         step = result.step
         row, stopped = result.metrics, result.stopped
+        if copy is not None and stopped is None:
+            copy.follow(policy.model, step)
         error = None if stopped is None else TrainingStoppedError(f"step {step} of {steps}: {stopped}")
         if error is None:
             try:
@@ -149,7 +158,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
         fault_points.failpoint("step.ended")
         stop = stop or progress.should_stop()
         if last or stop or why or (stage.checkpoint_every and step % stage.checkpoint_every == 0):
-            save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks)
+            save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks, copy)
         if why:
             raise TrainingStoppedError(f"step {step} of {steps}: {why}")
         if last:
@@ -160,7 +169,12 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
 
 
 def rollout_source(
-    node: Node, context: NodeContext, policy: Policy, objective: Objective, load_teacher: LoadTeacher
+    node: Node,
+    context: NodeContext,
+    policy: Policy,
+    objective: Objective,
+    reference: Policy | None,
+    load_teacher: LoadTeacher,
 ) -> Source:
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
     assert node.settings is not None and node.pool is not None
@@ -171,7 +185,6 @@ def rollout_source(
         folder.refuse_damage(f"{folder.cache.name}/")
         prompts = inputs.prompts(node.pool, stage)
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
-    reference = context.reference(node, policy) if uses_reference(node, objective) else None
     start = None if reference is None else context.in_own_words(reference, base_of(node.start), node)
     teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
     prompter = context.prompter(node, policy)

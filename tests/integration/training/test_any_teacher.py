@@ -164,6 +164,12 @@ def test_teacher_reads_its_own_words(tmp_path: Path) -> None:
             "needs the teacher's whole distribution",
         ),
         (("prompt.teacher={template: hello}",), "template must contain {problem}"),
+        (("stages.opd.dense.start_update={every: 2}",), "needs start in teacher_weights"),
+        (("stages.opd.dense={teacher_weights: {start: 1}, start_update: {}}",), "give either every or decay"),
+        (
+            ("stages.opd.dense={teacher_weights: {start: 1}, start_update: {every: 2}}", "models.lora={r: 2}"),
+            "the start under an adapter cannot move",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(changes: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -264,6 +270,37 @@ def test_student_at_its_start_teaches_itself_with_context(solved_problems: Path,
     assert metrics[0]["kl_student_teacher"] > 0.01 and metrics[0]["grad_norm"] > 0
     labels = [row["labels"] for row in rows(node(out, "opd_only", "opd") / "ledger.jsonl") if row["purpose"] == "train"]
     assert any(labels)
+
+
+@pytest.mark.parametrize("update_rule", ["{every: 2}", "{decay: 0.5}"])
+def test_teacher_follows_student_and_killed_run_resumes_bit_for_bit(
+    update_rule: str, solved_problems: Path, tmp_path: Path
+) -> None:
+    changes = privileged(
+        solved_problems,
+        f"stages.opd.dense={{teacher_weights: {{start: 1}}, start_update: {update_rule}}}",
+        "stages.opd.steps=5",
+        "stages.opd.checkpoint_every=2",
+        "stages.teacher_rl.steps=1",
+    )
+    whole, again, still = tmp_path / "whole", tmp_path / "again", tmp_path / "still"
+    assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
+    calls = itertools.count(1)
+
+    def update_until_killed(*args: Any) -> Any:
+        if next(calls) == 5:  # one step of teacher RL, then the fourth of OPD
+            raise Killed
+        return update(*args)
+
+    with mock.patch("headwater.training.loop.update", update_until_killed), pytest.raises(Killed):
+        tiny("run", again, "--arm", "opd_only", changes=changes)
+    assert tiny("run", again, "--arm", "opd_only", changes=changes).code == 0
+    assert_same(again, whole)
+    fixed = [change.replace(f", start_update: {update_rule}", "") for change in changes]
+    assert tiny("run", still, "--arm", "opd_only", changes=fixed).code == 0
+    moving, resting = (rows(node(out, "opd_only", "opd") / "metrics.jsonl") for out in (whole, still))
+    assert moving[0]["kl_student_teacher"] == resting[0]["kl_student_teacher"]
+    assert moving[4]["kl_student_teacher"] != resting[4]["kl_student_teacher"]
 
 
 @pytest.mark.parametrize(
