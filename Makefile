@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo install test test-unit test-integration test-engines real check fuzz chaos many endurance bench docs browser clean
+.PHONY: demo install test test-unit test-integration test-engines real gpu gpu-packages check fuzz chaos many endurance bench docs browser clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -56,6 +56,22 @@ real: .venv/installed-test .venv-bench/installed-engines
 	$(PY) -m pytest -m real tests/real/test_checkpoints.py
 	.venv-bench/bin/python -m pytest -m real -s tests/real/test_engines.py
 
+# On a machine with a GPU and neither network nor installs: Python with torch, transformers and pytest. Core packages that such a machine
+# lacks come in .gpu/packages, which `make gpu-packages` fills where a registry is at hand. Without a GPU the tests run on the CPU alone.
+GPU_PYTHON ?= python3
+GPU_PATH := src:tests/support:.:.gpu/packages
+gpu:
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu
+	PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m benchmarks --workloads gpu --runs 1 --json runs/gpu.json
+
+# Pure Python but for pydantic-core, for x86-64 Linux. The others belong to pydantic, math-verify and httpx2, in the versions that these need.
+GPU_VERSION ?= 3.12
+gpu-packages: .venv/bin/python
+	$(PY) -m pip install --quiet --upgrade --target .gpu/packages --no-deps --no-compile --only-binary :all: --python-version $(GPU_VERSION) \
+	  --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --constraint constraints.txt \
+	  pydantic pydantic-core==2.50.4 annotated-types typing-inspection math-verify latex2sympy2_extended antlr4-python3-runtime==4.13.2 \
+	  httpx2 httpcore2==2.16.2 truststore idna typing-extensions
+
 endurance: .venv/installed-test
 	PYTHONPATH=. $(PY) tests/support/endurance.py --steps 4000 --nodes 200
 
@@ -68,10 +84,11 @@ check: .venv/installed-check
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
-# The report in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path), with axe-core.
-browser: .venv/installed-test .axe/package/axe.min.js
+# The report and the site in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path),
+# with axe-core.
+browser: .venv/installed-test .axe/package/axe.min.js docs
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(PY) -m pytest tests/integration/test_browser.py
+	$(PY) -m pytest tests/integration/test_browser.py tests/integration/test_site.py
 
 .axe/package/axe.min.js:
 	mkdir -p .axe
@@ -97,10 +114,10 @@ bench: .venv-bench/installed
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[check]'
 	touch $@
 
-# The site's builder imports only the recipe's schema (docs/hooks.py), so it needs neither torch nor the package.
+# The site's builder needs neither torch nor the package: it reads docstrings from the sources.
 .venv-docs/installed: pyproject.toml constraints.txt
 	test -x .venv-docs/bin/python || python3 -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' 'pydantic>=2.8,<3'
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
 	touch $@
 
 # The peers ask for versions of their own, so they get an environment of their own. What they bring for images and sound does not
@@ -117,4 +134,4 @@ bench: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-many .venv-docs .axe site .bench runs build dist src/*.egg-info
+	rm -rf .venv .venv-bench .venv-many .venv-docs .gpu .axe site .bench runs build dist src/*.egg-info

@@ -1,7 +1,8 @@
 """Benchmark cases as plain values, equal for Headwater and each peer. Does not import torch.
 
 A model is named by a spec: `pocket:NAME` ships with the package; `random:LAYERSxHIDDEN:VOCABULARY` is Qwen3-shaped with random
-weights (`models.py` makes it). `endless` models have an end token that cannot be sampled, so every completion has full length.
+weights, `qwen2.5:LAYERSxHIDDEN:VOCABULARY` Qwen2.5-shaped (`models.py` makes them). `endless` models have an end token that cannot
+be sampled, so every completion has full length.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Literal
 
 Kind = Literal["opd", "grpo", "sampling", "train", "loss", "loss_gpu"]
 
+QWEN25 = "qwen2.5:24x896:151936"
+"""The shape and vocabulary of Qwen2.5-0.5B."""
 STUDENT, TEACHER = "random:4x256:{}", "random:8x512:{}"
 POCKET = ("pocket:qwen3-student", "pocket:qwen3-teacher")
 TRAINERS = ("headwater", "trl")
@@ -32,6 +35,7 @@ class Case:
     batch    completions per step, `group` per prompt
     steps    timed repetitions within one process, after `untimed` ones
     tokens   for `loss`: number of token positions
+    device   cpu in float32, or cuda in bfloat16
     """
 
     places: tuple[tuple[str, str], ...]
@@ -46,6 +50,7 @@ class Case:
     untimed: int = 1
     endless: bool = True
     tokens: int = 0
+    device: str = "cpu"
     peers: tuple[str, ...] = TRAINERS
 
     @property
@@ -109,14 +114,45 @@ def growth_cases() -> list[Case]:
     return [replace(case, peers=("headwater",)) if case.name in large else case for case in cases]
 
 
+def real_cases() -> list[Case]:
+    """Steps at the shape of Qwen2.5-0.5B on 2,048 completion tokens, and the loss stage with the heads of 0.5B ← 1.5B.
+
+    The teacher has the student's shape: float32 weights of 1.5B beside the student's optimizer would not fit 24 GB for every peer.
+    """
+    opd = Case((("real", "opd"),), "opd", QWEN25, QWEN25, steps=1)
+    loss = Case((("real", "loss"),), "loss", "random:1x896:151936", "random:1x1536:151936", steps=1, tokens=2048)
+    return [
+        opd,
+        replace(opd, places=(("real", "grpo"),), kind="grpo", teacher=None, group=8),
+        replace(opd, places=(("real", "sampling"),), kind="sampling", teacher=None, peers=SAMPLERS),
+        replace(loss, untimed=0),
+    ]
+
+
 def gpu_cases() -> list[Case]:
-    """The heads of Qwen3-1.7B and Qwen3-8B over 8,192 tokens."""
+    """The heads of Qwen3-1.7B and Qwen3-8B over 8,192 tokens; a step and sampling at the shape of Qwen2.5-0.5B."""
     case = Case((("gpu", "loss"),), "loss_gpu", "random:1x2048:151936", "random:1x4096:151936", steps=5, tokens=8192)
-    return [replace(case, peers=(*TRAINERS, "liger"))]
+    opd = Case(
+        (("gpu", "opd"),), "opd", QWEN25, QWEN25, batch=128, group=4, prompt_tokens=128, new_tokens=512, steps=3,
+        device="cuda", peers=("headwater",),
+    )  # fmt: skip
+    return [
+        replace(case, peers=(*TRAINERS, "liger")),
+        opd,
+        replace(opd, places=(("gpu", "sampling"),), kind="sampling", teacher=None),
+    ]
 
 
 def all_cases() -> list[Case]:
-    return [*pocket_steps(), *steps_of_b(), *memory_cases(), *pocket_sampling(), *growth_cases(), *gpu_cases()]
+    return [
+        *pocket_steps(),
+        *steps_of_b(),
+        *memory_cases(),
+        *pocket_sampling(),
+        *growth_cases(),
+        *real_cases(),
+        *gpu_cases(),
+    ]
 
 
 def select_cases(names: Sequence[str], cases: Sequence[Case]) -> list[Case]:

@@ -70,7 +70,11 @@ def measure(peer: str, case: Case, root: Path) -> dict[str, Any]:
     started = time.perf_counter()
     work = work_of(peer, case, root)
     result: dict[str, Any] = {"seconds_load": time.perf_counter() - started, "loaded_bytes": resident()}
+    import torch
+
     timed = work(case.repetitions)[case.untimed :]
+    if case.device == "cuda":
+        result["gpu_bytes"] = torch.cuda.max_memory_allocated()
     result["peak_bytes"] = max(peak(), result["loaded_bytes"])  # the kernel counts the two separately, not to the page
     for row in timed:
         if case.endless and row.get("tokens_sampled", case.batch * case.new_tokens) != case.batch * case.new_tokens:

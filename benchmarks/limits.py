@@ -23,10 +23,8 @@ SECONDS = 0.15
 
 def shape_of(spec: str) -> Shape:
     """The shape of a model spec, without its weights."""
-    if spec.startswith("random:"):
-        _, size, vocabulary = spec.split(":")
-        layers, hidden = (int(part) for part in size.split("x"))
-        return Shape.from_config(config_of(layers, hidden, int(vocabulary)))
+    if not spec.startswith("pocket:"):
+        return Shape.from_config(config_of(spec))
     return ModelFolder.open(str(folder_of(spec, False, Path())), "benchmark").shape
 
 
@@ -112,7 +110,7 @@ def measure(cases: Sequence[Case], root: Path) -> dict[str, Any]:
     gemm: dict[str, dict[str, float]] = {}
     work: dict[str, dict[str, Any]] = {}
     for case in cases:
-        if not case.endless or case.kind in ("loss", "loss_gpu"):
+        if not case.endless or case.kind in ("loss", "loss_gpu") or case.device != "cpu":
             continue
         work[case.name] = {}
         for part, (spec, rows, kind, flops) in parts_of(case).items():

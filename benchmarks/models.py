@@ -1,18 +1,20 @@
-"""Model folders and prompts of the workloads: shipped pocket models, and random Qwen3-shaped models."""
+"""Model folders and prompts of the workloads: shipped pocket models, and random models with the shapes of Qwen3 and Qwen2.5."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.cases import Case
-from headwater.config.recipe import Generate, Prompt, Source
+from headwater.config.prompt import Prompt
+from headwater.config.recipe import Generate, Source
 from headwater.data.sources import load
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
@@ -29,35 +31,50 @@ def folder_of(spec: str, endless: bool, root: Path) -> Path:
     if spec.startswith("pocket:"):
         shipped = Path(ModelFolder.open(spec, "benchmark").path)
         return _without_end(shipped, root / f"{shipped.name}-endless") if endless else shipped
-    _, shape, vocabulary = spec.split(":")
-    layers, hidden = (int(part) for part in shape.split("x"))
-    return random_model(root / f"{shape}-{vocabulary}", layers, hidden, int(vocabulary))
+    return random_model(root / spec.replace("random:", "").replace(":", "-"), spec)
 
 
-def config_of(layers: int, hidden: int, vocabulary: int) -> Qwen3Config:
-    """Qwen3's proportions: tied embeddings, two query heads per key-value head, MLP of three times the width."""
-    return Qwen3Config(
-        vocab_size=vocabulary,
+def config_of(spec: str) -> Any:
+    """The config of a random model: tied embeddings, heads of 64, an end token that cannot be sampled.
+
+    `random`: Qwen3's proportions, two query heads per key-value head, MLP of three times the width. `qwen2.5`: those of Qwen2.5-0.5B,
+    whose matrices `qwen2.5:24x896:151936` has: two key-value heads, MLP of 38/7 times the width, biases. It is a Llama with biases,
+    because transformers gives every folder of type qwen2 a tokenizer of that type.
+    """
+    family, size, vocabulary = spec.split(":")
+    layers, hidden = (int(part) for part in size.split("x"))
+    heads = hidden // HEAD_DIM
+    families: dict[str, dict[str, Any]] = {
+        "random": {
+            "model_type": "qwen3", "intermediate_size": 3 * hidden, "num_key_value_heads": heads // 2, "head_dim": HEAD_DIM,
+        },
+        "qwen2.5": {
+            "model_type": "llama", "intermediate_size": hidden * 38 // 7, "num_key_value_heads": 2, "head_dim": HEAD_DIM,
+            "attention_bias": True,
+        },
+    }  # fmt: skip
+    return AutoConfig.for_model(
+        **families[family],
+        vocab_size=int(vocabulary),
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_DIM,
-        num_key_value_heads=hidden // HEAD_DIM // 2,
-        head_dim=HEAD_DIM,
+        num_attention_heads=heads,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=vocabulary,
+        eos_token_id=int(vocabulary),
         pad_token_id=0,
     )
 
 
-def random_model(folder: Path, layers: int, hidden: int, vocabulary: int) -> Path:
+def random_model(folder: Path, spec: str) -> Path:
     if (folder / "ready").exists():
         return folder
+    config = config_of(spec)
+    vocabulary = config.vocab_size
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(layers)
-        model = Qwen3ForCausalLM(config_of(layers, hidden, vocabulary))
+        torch.manual_seed(config.num_hidden_layers)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = vocabulary, 0
     model.save_pretrained(folder)
     vocab = {"<pad>": 0, "<unk>": 1} | {f"t{index}": index for index in range(2, vocabulary)} | {NEVER: vocabulary}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import CannotRunError, Case
 from benchmarks.models import completions_of, folder_of, prompts_of
 from benchmarks.rewards import parity
 from headwater.config import recipe as config
@@ -47,10 +47,13 @@ Step = Callable[[int], dict[str, float]]
 
 
 def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
+    device = torch.device(case.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CannotRunError("no GPU on this machine")
     set_up(COMPUTE)
     folder = str(folder_of(spec, case.endless, root))
-    models = config.Models(student=folder, teacher=folder)
-    return load_policy(ModelFolder.open(folder, "benchmark"), LoadOptions(models, torch.device("cpu"), frozen))
+    models = config.Models(student=folder, teacher=folder, dtype="float32" if device.type == "cpu" else "bfloat16")
+    return load_policy(ModelFolder.open(folder, "benchmark"), LoadOptions(models, device, frozen))
 
 
 def stage_of(case: Case) -> Stage:

@@ -1,8 +1,9 @@
-"""Every field of the recipe as Markdown tables, with which docs/hooks.py fills docs/recipe.md."""
+"""Rewrite docs/recipe-fields.md, the tables of every field of the recipe: `python -m tools.recipe_reference`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -11,6 +12,15 @@ from headwater.config.recipe import Source
 from headwater.config.reference import FIELDS, default_text, parent_of
 from headwater.config.stage import Stage
 
+PAGE = Path(__file__).parents[1] / "docs" / "recipe-fields.md"
+HEAD = """# Recipe fields
+
+Every field of a [recipe](recipe.md), generated from the schema. A field's path joins the heading and the name:
+`--set stages.opd.optim.lr=1e-5`. `STAGE` is `teacher_rl`, `warmup`, `opd`, `student_rl` or `sft`;
+`SOURCE` is `labeled`, `unlabeled`, `validation` or `evals.NAME`.
+`headwater explain stages.opd.optim.lr` prints the same in a terminal.
+
+"""
 EXPLAINED_ONCE: dict[type[BaseModel], str] = {Stage: "stages.STAGE", Source: "data.SOURCE"}
 """Sections that several fields hold, and the heading under which the page lists their fields once."""
 
@@ -28,7 +38,7 @@ def markdown() -> str:
                 [f"## {heading}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|", *rows, ""]
             )
         )
-    return "\n".join(parts)
+    return HEAD + "\n".join(parts)
 
 
 def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
@@ -54,3 +64,7 @@ def _paths_of(section: type[BaseModel]) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("{", "&#123;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(markdown(), encoding="utf-8")

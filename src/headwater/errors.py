@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -47,6 +48,16 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def similar_file(path: str, files: Iterable[str]) -> str:
+    """As `did_you_mean` for the path of a file; folders and endings, which many files share, do not count as likeness.
+
+    Example: `similar_file("data/trian.jsonl", ["data/train.jsonl", "data/test.jsonl"])` is `"; did you mean data/train.jsonl?"`.
+    """
+    stems = {os.path.basename(file).partition(".")[0]: file for file in files}
+    close = difflib.get_close_matches(os.path.basename(path).partition(".")[0], stems, n=1)
+    return f"; did you mean {stems[close[0]]}?" if close else ""
 
 
 class StopRequested(KeyboardInterrupt):

@@ -18,11 +18,11 @@ from headwater.data.labels import Labels
 from headwater.data.sources import LoadedProblems, load
 from headwater.data.validate import failing
 from headwater.errors import TrainingStoppedError, UserError, did_you_mean
+from headwater.models.device import device_of
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter, spelt_template
 from headwater.runs.display import ProgressDisplay
-from headwater.runs.inputs import device_of
 from headwater.sampling.base import Sampler
 from headwater.sampling.build import sampler_factory
 from headwater.storage.run_dir import write_atomic

@@ -130,6 +130,7 @@ class Rollout:
     completion_ids  the sampled ids, EOS included when it was sampled
     sampler_logp    natural-log probability of each sampled id under the sampler, at its temperature; same length
     sampler         fingerprint of the sampling weights
+    teacher_ids     ids in which a teacher with another tokenizer sampled the completion; empty for all others
     """
 
     problem_id: str
@@ -140,6 +141,7 @@ class Rollout:
     finish: Literal["stop", "length"]
     sampler: str
     temperature: float = 1.0
+    teacher_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,11 @@
-"""The report of a real pocket study in headless Chromium. `make browser` installs the requirements.
-
-All tests are skipped, with a warning, without playwright or Chromium (found on PATH, or by HEADWATER_CHROMIUM).
-"""
+"""The report of a real pocket study in headless Chromium. `make browser` installs the requirements."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,24 +13,13 @@ from typing import Any
 
 import pytest
 
+from browser import CHROMIUM, SIZES, require_browser, serious_violations
 from fake_runs import ARMS, MORE_ARMS, fake_run
 from headwater.report import build as report
 from runs import all_arms
 
-CHROMIUM = os.environ.get("HEADWATER_CHROMIUM") or next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-AXE = Path(os.environ.get("HEADWATER_AXE", Path(__file__).parents[2] / ".axe/package/axe.min.js"))
-SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
-
-try:
-    from playwright.sync_api import Page, expect, sync_playwright
-except ImportError:
-    CHROMIUM = None
-if CHROMIUM is None:
-    reason = "THE BROWSER TESTS DO NOT RUN: chromium or playwright is missing; `make browser` installs playwright"
-    warnings.warn(reason, stacklevel=1)
-    pytest.skip(reason, allow_module_level=True)
+require_browser()
+from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -307,16 +291,7 @@ def test_axe_finds_no_serious_violation_and_page_fits_screen(
             "document.querySelectorAll('main > section').forEach(section => section.style.contentVisibility = 'visible')"
         )
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
-        if not AXE.exists():
-            pytest.skip(f"AXE DID NOT RUN: {AXE} is missing; `make browser` fetches axe-core")
-        page.evaluate(AXE.read_text(encoding="utf-8"))
-        results = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        serious = [
-            (violation["id"], violation["nodes"][0]["html"][:200], violation["nodes"][0]["failureSummary"])
-            for violation in results["violations"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-        assert serious == [] and results["passes"]
+        assert serious_violations(page) == []
 
 
 def test_completions_are_inserted_as_text(tmp_path: Path, open_page: Any) -> None:

@@ -48,6 +48,7 @@ def test_run_in_process_prints_table_and_report_path(tmp_path: Path) -> None:
         "[4/5] warmup on all (seed 0)",
         "[5/5] opd on all (seed 0)",
     ]
+    assert all("accuracy sums " in line for line in progress if "rollouts" not in line)  # the base models' too
     assert "\n\n" not in done.stderr and "Warning" not in done.stderr  # a log without holes and without others' noise
     page = (tmp_path / "mine/report.html").read_text(encoding="utf-8")
     assert "raw_teacher" in page and "<svg" in page

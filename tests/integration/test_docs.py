@@ -192,16 +192,31 @@ def test_tutorial_script_writes_problems_fitting_its_recipe(tmp_path: Path, monk
     assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
     for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
         result = call("validate", name, "--task", recipe.task)
-        assert result.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in result.out
+        assert result.code == 0 and f"{count} labels, 0 fail; 0 repeated rows" in result.out
 
 
 def test_arms_page_agrees_with_table_of_arms() -> None:
     assert PAGES["docs/arms.md"] == with_table(PAGES["docs/arms.md"]), "python -m tools.arms_table"
 
 
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [
+        ("rtx4090", "RTX 4090: {hours} hours and {memory} GB"),
+        ("h100", "H100: {hours} hours and {memory} GB"),
+        ("16xh100", "16 × H100: {hours} hours, {memory} GB on each"),
+    ],
+)
+def test_devices_page_agrees_with_dry_run(device: str, text: str) -> None:
+    output = " ".join(call("run", "gsm8k", "--dry-run", "--on", device).out.split())
+    line = re.search(r"GPU-hours, ([\d.]+) hours if .*?at most ([\d.]+) GB on a device", output)
+    assert line is not None, output
+    assert text.format(hours=line[1], memory=round(float(line[2]), 1)) in PAGES["docs/devices.md"]
+
+
 def test_docs_navigation_and_links_lead_to_existing_pages() -> None:
     nav = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert len(nav) == 23 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
+    assert len(nav) == 25 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
     for page, text in PAGES.items():
         links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
         assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == [], page

@@ -85,7 +85,7 @@ def test_adding_task_takes_two_edits(tmp_path: Path) -> None:
     golds = [{"problem": "Is 7 prime?", "answer": "yes"}, {"problem": "Is 8 prime?", "answer": "No"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in golds), encoding="utf-8")
     validated = run_copy(copy, "validate", data, "--task", "yes_no")
-    assert "2 gold answers, 0 fail" in validated.out, validated.out + validated.err
+    assert "2 labels, 0 fail" in validated.out, validated.out + validated.err
     completions = ["Not sure. Yes.", "Yes? It is 2*4, so no.", "Perhaps."]
     rows_ = [{"gold": "no", "completion": completion} for completion in completions]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from forked_ranks import run_ranks
 from headwater.distributed.process_group import ProcessGroup
@@ -21,7 +22,8 @@ from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import split_minibatches
 from runs import WHOLE_ARM, environment, infos, load_json, node, rows, sets, temporary, tiny
-from tiny import rollout_of, stage_of
+from tiny import rollout_of, stage_of, tiny_model
+from tools.pretrain.pocket import make_tokenizer
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
 CHANGES = (
@@ -100,6 +102,25 @@ def test_two_ranks_equal_one_with_same_ledger(tmp_path: Path) -> None:
     assert [rank.code for rank in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
     assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
+
+
+def test_two_ranks_equal_one_with_teacher_of_other_tokenizer(tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "pairs", make_tokenizer("pairs")
+    model = tiny_model(seed=5, vocab_size=len(tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    changes = (
+        *CHANGES,
+        f"models.teacher={folder}",
+        "stages.warmup.dense.tokenizers=prefix",
+        "stages.opd.dense.tokenizers=prefix",
+    )
+    options = ["run", "pocket", "--arm", "raw_teacher"]
+    assert tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes).code == 0
+    ended = run_ranks(2, *options, "--out", tmp_path / "two", *sets(*changes))
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert_alike(tmp_path / "two", tmp_path / "one")
 
 
 def test_killed_rank_ends_others_and_other_world_sizes_resume(

@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fuzz_recipes import WrongError, prepare, small
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Lora, Models
+from headwater.models.device import device_of
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.runs.inputs import device_of
 from headwater.types import Problem
 from malformed_inputs import NASTY, TEMPLATES, leaf, mutated, spoiled
 from tools.pretrain.pocket import make_tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 from fuzz_models import POCKET, opened
 from fuzz_recipes import WrongError
-from headwater.config.recipe import Prompt
+from headwater.config.prompt import Prompt
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.types import Problem

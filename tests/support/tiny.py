@@ -63,11 +63,18 @@ MEMORY = ModelFolder("memory", "test", "memory")
 """Folder of models that exist in memory only."""
 
 
-def policy_of(model: Any, tokenizer: PreTrainedTokenizerFast | None = None, fingerprint: str = "tiny") -> Policy:
-    body, head = split_head(model, CPU)
-    packs = enable_packing(model, body, CPU)
+def policy_of(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    fingerprint: str = "tiny",
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> Policy:
+    model.to(device)
+    body, head = split_head(model, device)
+    packs = enable_packing(model, body, device)
     return with_measured_batching(
-        Policy(model, tokenizer or make_tokenizer(), MEMORY, fingerprint, CPU, torch.float32, body, head, packs)
+        Policy(model, tokenizer or make_tokenizer(), MEMORY, fingerprint, device, dtype, body, head, packs)
     )
 
 

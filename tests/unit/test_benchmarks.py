@@ -13,9 +13,11 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import child, limits, loss, runner, sandbox, summary
-from benchmarks.cases import CannotRunError, Case, all_cases, select_cases
+from benchmarks.cases import QWEN25, CannotRunError, Case, all_cases, select_cases
 from benchmarks.rewards import parity
 from benchmarks.table import cells
+from headwater.models.shape import Shape
+from headwater.runs.hardware import MODELS
 
 STUDENT, TEACHER = "random:1x128:64", "random:2x128:64"
 OPD = Case((("b", "opd"),), "opd", STUDENT, TEACHER, batch=4, prompt_tokens=3, new_tokens=5, steps=1)
@@ -80,6 +82,31 @@ def test_step_work_is_one_sampling_one_scoring_and_three_forward_passes() -> Non
     products = sum(times * 2.0 * n * a * b for n, a, b, times in limits.products(student, tokens))
     assert products == 2.0 * tokens * student.matrix_parameters
     assert limits.parts_of(tiny("grpo", teacher=None, group=2))["sample"][3] == student.flops(4 * 5 + 2 * 3, 4.0)
+
+
+def test_qwen25_spec_has_published_shape() -> None:
+    published = Shape.from_fields(MODELS["Qwen/Qwen2.5-0.5B-Instruct"])
+    ours = limits.shape_of(QWEN25)
+    assert ours.linears == published.linears and ours.vocabulary == published.vocabulary
+    assert ours.parameters - published.parameters == 24 * 896  # a bias of the attention's output in each layer
+    assert (ours.heads, ours.kv_heads, ours.key_dim) == (published.heads, published.kv_heads, published.key_dim)
+
+
+@pytest.mark.parametrize("kind", ["opd", "grpo", "sampling"])
+def test_step_of_qwen25_shape_runs_on_tiny_model(kind: str, tmp_path: Path) -> None:
+    tiny_spec = "qwen2.5:2x128:96"
+    case = next(case for case in all_cases() if case.name == f"real.{kind}")
+    small = replace(case, student=tiny_spec, teacher=tiny_spec if case.teacher else None, batch=16, new_tokens=5)
+    result = child.measure("headwater", small, tmp_path)
+    assert result["tokens_sampled"] == 16 * 5 and result["seconds"] > 0
+
+
+def test_gpu_cases_are_skipped_by_name_without_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for case in select_cases(["gpu"], all_cases()):
+        with pytest.raises(CannotRunError, match="no GPU on this machine"):
+            child.measure("headwater", case, tmp_path)
 
 
 def test_limits_give_rate_for_every_shape_in_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,13 +233,6 @@ def test_loss_stage_equals_plain_form_in_loss_and_gradients() -> None:
         results.append((value.detach(), inputs["student_hidden"].grad, inputs["student_head"].weight.grad))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_gpu_workload_is_skipped_with_reason_without_gpu() -> None:
-    [case] = select_cases(["gpu"], all_cases())
-    with pytest.raises(CannotRunError, match="no GPU"):
-        loss.step_of("headwater", case)
 
 
 def test_reward_without_task_is_parity_of_last_token() -> None:

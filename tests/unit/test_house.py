@@ -21,13 +21,13 @@ MODULES = {
 }
 
 ORDER = (
-    "errors", "printing", "plugins", "types", "seeds", "stats", "kernels",
+    "errors", "printing", "plugins", "types", "seeds", "stats", "kernels", "devices",
     "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
     "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "evaluation_files", "api", "cli", "__main__",
 )  # fmt: skip
 """Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
 TORCH_FREE = {"errors", "printing", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
-PURE = {"losses", "kernels"}
+PURE = {"losses", "kernels", "devices"}
 """Tensor code without files, settings (but for the table of objectives) or models."""
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 
@@ -143,7 +143,17 @@ def test_pure_folders_import_no_files_and_no_models() -> None:
         assert {folder(module) for module in own(MODULES[name])} <= PURE | {"types"} | settings, name
         outside = {dependency.split(".")[0] for dependency in imported(MODULES[name])}
         library = {"ctypes", "functools", "importlib"} if name == "kernels" else {"functools"}
-        usual = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "headwater"}
+        usual = {
+            "__future__",
+            "collections",
+            "dataclasses",
+            "inspect",
+            "itertools",
+            "math",
+            "typing",
+            "torch",
+            "headwater",
+        }
         assert outside <= usual | library, name
 
 

@@ -12,12 +12,12 @@ import typer
 
 from headwater.cli.options import Device, exit_codes, parse_list
 from headwater.errors import UserError
+from headwater.models.device import device_of
 from headwater.runs.display import NodeProgress
-from headwater.runs.inputs import device_of
 from headwater.runs.progress import progress_display
 from tools.pretrain.desk import pretrain_desk
 from tools.pretrain.desk_models import DESK, with_steps
-from tools.pretrain.pocket import POCKET, pretrain_pocket
+from tools.pretrain.pocket import OTHER_TOKENIZERS, POCKET, pretrain_pocket
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Models = Annotated[str | None, typer.Option("--models", help="Some of the models, separated by commas.")]
@@ -26,13 +26,14 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for the models.")]
 
 @app.command()
 def pocket(out: Out = Path("pocket"), models: Models = None) -> None:
-    """Train the pocket models, which ship with the package; minutes each on one CPU thread."""
-    names = selected(models, POCKET, "pocket")
+    """Train the pocket models, which ship with the package, or those of other tokenizers; minutes each on one CPU thread."""
+    specs = POCKET | OTHER_TOKENIZERS
+    names = list(POCKET) if models is None else selected(models, specs, "pocket")
     torch.set_num_threads(1)  # the shipped models were trained with one; with several, sums round differently
     display = progress_display()
     for number, name in enumerate(names, 1):
         with display.node(name, number, len(names)) as progress:
-            progress.start(0, POCKET[name].steps, "steps")
+            progress.start(0, specs[name].steps, "steps")
             stats = pretrain_pocket(out, [name], progress=report_to(progress))[name]
         print(f"{out / name}: pass rate {stats.pass_rate:.1%}, {stats.worked_share:.0%} of samples show their work")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from headwater.tasks import countdown, sums
+from headwater.tasks import countdown, skills, sums
 from tools.pretrain.common import (  # fmt: skip
     ASSISTANT,
     END,
@@ -44,6 +44,10 @@ from tools.pretrain.solutions import CORPORA
 
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
 POSITIONS = 512
+
+
+Vocabulary = Literal["characters", "pairs"]
+"""Tokens of a pocket model: single characters, or also each pair of digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,9 @@ class PretrainSpec:
     autocast: bool = False
     init_std: float = 0.02
     rope_theta: float = 10_000.0
-    task: Literal["sums", "countdown"] = "sums"
-    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS
+    task: Literal["sums", "countdown", "skills"] = "sums"
+    dials: sums.SumsDials | countdown.CountdownDials | skills.SkillsDials = sums.DIALS
+    vocabulary: Vocabulary = "characters"
 
     @property
     def steps(self) -> int:
@@ -123,13 +128,47 @@ POCKET: dict[str, PretrainSpec] = {
         task="countdown",
         dials=countdown.DIALS,
     ),
+    # Of the many-skill task they know four methods for each skill, and which of them is right no better than chance.
+    "skills-student": PretrainSpec(
+        "qwen3",
+        hidden=64,
+        layers=2,
+        worked_steps=0,
+        mixture_steps=1500,
+        p_cot=0.25,
+        lr=2e-3,
+        task="skills",
+        dials=skills.SkillsDials(skills=skills.SKILLS),
+    ),
+    "skills-teacher": PretrainSpec(
+        "qwen3",
+        hidden=128,
+        layers=3,
+        worked_steps=0,
+        mixture_steps=1500,
+        p_cot=0.25,
+        lr=2e-3,
+        autocast=True,
+        task="skills",
+        dials=skills.SkillsDials(skills=skills.SKILLS),
+    ),
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Character tokenizer, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *ALPHABET))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+OTHER_TOKENIZERS: dict[str, PretrainSpec] = {
+    # The student's text, in tokens of one or two digits: the teacher of cross-tokenizer studies. It does not ship.
+    "qwen3-teacher-pairs": replace(POCKET["qwen3-teacher"], vocabulary="pairs"),
+}
+
+
+def make_tokenizer(vocabulary: Vocabulary = "characters") -> PreTrainedTokenizerFast:
+    """Tokenizer of characters or pairs, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
+    digits = ALPHABET[:10]
+    merges = [(a, b) for a in digits for b in digits] if vocabulary == "pairs" else []
+    tokens = (*SPECIAL, *ALPHABET, *(a + b for a, b in merges))
+    backend = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, unk_token=UNKNOWN)
+    )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.decoder = decoders.Fuse()
     return wrap_tokenizer(backend, POSITIONS)
@@ -147,11 +186,16 @@ def encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids_BT and labels_BT of (problem, completion) pairs, right-padded; loss on completion and EOS only."""
     id_of = tokenizer.get_vocab()
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     rows: list[list[int]] = []
     prompt_lengths: list[int] = []
     for problem, completion in solutions:
-        prompt = [id_of[USER], *(id_of[letter] for letter in problem), id_of[ASSISTANT]]
-        rows.append([*prompt, *(id_of[letter] for letter in completion), id_of[END]])
+        prompt = [id_of[USER], *ids_of(problem), id_of[ASSISTANT]]
+        rows.append([*prompt, *ids_of(completion), id_of[END]])
         prompt_lengths.append(len(prompt))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), id_of[PAD])
@@ -178,7 +222,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
 
     With torch on one thread, a seed gives bit-identical weights on one kind of machine. The caller's random state is restored.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(spec.vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(spec, tokenizer)
@@ -205,7 +249,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
 
 def measure(
     folder: Path,
-    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS,
+    dials: sums.SumsDials | countdown.CountdownDials | skills.SkillsDials = sums.DIALS,
     problems: int = 500,
     seed: int = 0,
     task: str = "sums",
@@ -242,15 +286,16 @@ def pretrain_pocket(
     Raises ValueError for a name that is not in POCKET, before any training.
     """
     names = list(POCKET) if names is None else list(names)
-    unknown = [name for name in names if name not in POCKET]
+    specs = POCKET | OTHER_TOKENIZERS
+    unknown = [name for name in names if name not in specs]
     if unknown:
-        raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(POCKET)}")
+        raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(specs)}")
     measured: dict[str, SampleStats] = {}
     for name in names:
         folder = Path(out_dir) / name
-        pretrain(POCKET[name], folder, seed, progress)
-        measured[name] = measure(folder, POCKET[name].dials, task=POCKET[name].task)
-        (folder / "README.md").write_text(model_card(name, folder, POCKET[name], measured[name], seed))
+        pretrain(specs[name], folder, seed, progress)
+        measured[name] = measure(folder, specs[name].dials, task=specs[name].task)
+        (folder / "README.md").write_text(model_card(name, folder, specs[name], measured[name], seed))
     return measured
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
-from headwater.tasks import countdown, sums, word_problems
+from headwater.tasks import countdown, skills, sums, word_problems
 from headwater.tasks.countdown import CountdownDials, format_terms, parse_problem
+from headwater.tasks.skills import SkillsDials
 from headwater.tasks.sums import SumsDials
 from headwater.tasks.word_problems import ANSWER_PREFIXES, WordProblem, WordsDials, problems
 
@@ -104,10 +106,31 @@ def countdown_about(dials: CountdownDials) -> str:
     return f"Countdown with + and − on {dials.numbers} numbers up to {dials.largest}"
 
 
+# Skills ---------------------------------------------------------------------------------------------------------------
+
+
+def skills_right(problem: str, dials: SkillsDials = skills.DIALS) -> str:
+    """Solution by the skill's method: `23:17+45` -> `81;81+17=98+45=43`."""
+    return skills.solution(problem, skills.candidates(skills.skill_of(problem))[0])
+
+
+def skills_wrong(problem: str, dials: SkillsDials = skills.DIALS) -> str:
+    """Solution by one of the other methods that come into question, which the problem's text decides; its answer is wrong."""
+    others = skills.candidates(skills.skill_of(problem))[1:]
+    return skills.solution(problem, others[hashlib.sha256(problem.encode()).digest()[0] % len(others)])
+
+
+def skills_about(dials: SkillsDials) -> str:
+    return f"sums under {dials.skills} skills, each with a method of its own"
+
+
 CORPORA = {
     "sums": Corpus(sums.generate, sums.grade, sums_worked, sums_short, sums_is_worked, sums_about),
     "countdown": Corpus(
         countdown.generate, countdown.grade, countdown_worked, countdown_short, countdown_is_worked, countdown_about
+    ),
+    "skills": Corpus(
+        skills.generate, skills.grade, skills_right, skills_wrong, lambda completion: ";" in completion, skills_about
     ),
 }
 

@@ -130,7 +130,7 @@ def validate(
     answer_column: AnswerColumn = None,
     json_: Json = False,
 ) -> None:
-    """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
+    """Grade every label (checked answer) with its own grader and list those that fail. Exit 3 if any does or there is none."""
     if data.endswith((".yaml", ".yml")) or data in builtin_names():
         raise UserError(
             f"validate {data}: reads a file of problems; `headwater doctor {data}` checks a recipe and its data"
@@ -140,7 +140,7 @@ def validate(
     from headwater.runs.progress import progress_display
     from headwater.tasks import sandbox
 
-    progress_display(quiet=json_).say(f"grading the gold answers of {data} …")
+    progress_display(quiet=json_).say(f"grading the labels of {data} …")
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:
@@ -153,11 +153,9 @@ def validate(
         for problem_id, gold, reason in result.failed:
             print(f"{problem_id}: gold {gold!r:.80} grades {reason}")
         print(
-            f"{data}: {result.total} gold answers, {len(result.failed)} fail; {result.duplicates} repeated rows, "
+            f"{data}: {result.total} labels, {len(result.failed)} fail; {result.duplicates} repeated rows, "
             f"{len(result.contradictions)} problems with contradicting answers, {len(result.without_answer)} without an answer"
         )
     if not result.total:
-        raise RefusedError(
-            f"{data}: has no gold answer; name the column that holds the answers with --answer, or add them"
-        )
+        raise RefusedError(f"{data}: has no label; name the column that holds the answers with --answer, or add them")
     sys.exit(0 if result.ok else 3)

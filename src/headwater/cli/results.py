@@ -70,7 +70,9 @@ def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     screen.print(terminal_table(report, screen.width))
     students = [path for arm in Result(folder, report).arms.values() for path in arm.student_folders.values()]
     if len(students) == 1:
-        print(f"student: {students[0]}")
+        is_adapter = (students[0] / "adapter_config.json").exists()
+        note = " (an adapter; `headwater merge` with this folder writes a whole model)" if is_adapter else ""
+        print(f"student: {students[0]}{note}")
     print(f"report: {folder / 'report.html'}")
 
 

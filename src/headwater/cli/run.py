@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -37,6 +38,7 @@ from headwater.errors import FailedError, UserError
 
 if TYPE_CHECKING:
     from headwater.config.recipe import Recipe
+    from headwater.runs.display import ProgressDisplay
     from headwater.runs.executors.base import Executor
 
 commands = typer.Typer()
@@ -120,7 +122,7 @@ def sweep(
         options.changes,
     )
     display = progress_display(quiet=options.json_)
-    say_loading(f"{recipe} by {vary}", display)
+    say_loading(f"laying out a sweep of {recipe} by {vary}", display)
     from headwater import sweeps
     from headwater.report.format import console
     from headwater.report.sweep_page import dry_run_table, terminal_table
@@ -172,7 +174,7 @@ def execute(
 
     display = progress_display(quiet=options.json_)
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
-    with _executor_factory(execution.executor) as (make_executor, processes):
+    with _executor_factory(execution.executor, display) as (make_executor, processes):
         recipe = read()
         folder = options.out or Path("runs") / recipe.name
         if arms is None:
@@ -186,7 +188,7 @@ def execute(
             raise UserError("--seeds: a seed is named twice")
         if len(set(arms)) != len(arms):
             raise UserError(f"--arms {','.join(arms)}: an arm is named twice")
-        say_loading(f"checking {recipe.name}", display)
+        say_loading(f"checking recipe {recipe.name}", display)
         from headwater import pipeline
         from headwater.cli.results import print_report
         from headwater.storage.run_dir import RunDir, read_json
@@ -224,7 +226,7 @@ def execute(
 
 
 @contextlib.contextmanager
-def _executor_factory(name: str) -> Iterator[tuple[Callable[[], Executor], int]]:
+def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Callable[[], Executor], int]]:
     """Yield a function that makes the executor, and the number of processes that run each node together.
 
     Under torchrun, ranks > 0 work here until rank 0 is done, and exit.
@@ -236,6 +238,8 @@ def _executor_factory(name: str) -> Iterator[tuple[Callable[[], Executor], int]]
         return
     if name != "local":
         raise UserError(f"--executor {name}: torchrun has already started the processes; use one of the two")
+    if os.environ["RANK"] == "0":
+        say_loading("joining the processes of torchrun", display)
     from headwater.distributed.process_group import init_process_group
     from headwater.runs.executors.torchrun import TorchrunExecutor, broadcast_exit_code, run_worker_rank
 

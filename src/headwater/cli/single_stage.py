@@ -108,7 +108,7 @@ def run_stage(
 
     def read() -> Recipe:
         recipe, display = read_with({}), progress_display(quiet=options.json_)
-        say_loading(f"checking {recipe.name}", display)
+        say_loading(f"checking recipe {recipe.name}", display)
         values = recorded_values(options.out or Path("runs") / recipe.name)
         if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
             from headwater.doctor.fit import fitted_stage

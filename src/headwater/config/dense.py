@@ -53,9 +53,10 @@ class Dense(Strict):
     """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, `skewed` KL(student‖beta·teacher +
     (1−beta)·student), `entropy_aware` reverse plus forward where the teacher is uncertain, exact over the vocabulary;
     `sampled` is the one-token estimate (k1) as an advantage; `uld` the distance of the sorted probabilities, for two tokenizers."""
-    tokenizers: Literal["same", "aligned"] = "same"
-    """`same`: student and teacher must tokenize alike. `aligned`: cross-tokenizer distillation; the teacher reads the text in its own
-    ids, and both are aligned by bytes (docs/teachers.md)."""
+    tokenizers: Literal["same", "prefix", "shared"] = "same"
+    """`same`: student and teacher must tokenize alike. The others are cross-tokenizer distillation: texts are aligned by bytes, and
+    tokens are grouped by the common token that they begin with (`prefix`), or those that both vocabularies hold are compared and all
+    others are one event (`shared`; docs/teachers.md)."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Weight of the teacher in the mixture of `jsd` and `skewed`."""
     entropy_above: Annotated[float, Field(ge=0.0), Unit("nats")] = 0.8
@@ -82,16 +83,27 @@ class Dense(Strict):
         """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
         return self.divergence != "sampled"
 
+    @property
+    def measures_kl(self) -> bool:
+        """Whether both KLs are measured at each token."""
+        return self.divergence != "uld" and (self.exact or self.tokenizers == "same")
+
     @model_validator(mode="after")
     def _check_tokenizers(self) -> Dense:
         if self.divergence == "uld" and self.tokenizers == "same":
             raise ValueError(
-                "divergence uld: compares sorted probabilities of two tokenizers; set tokenizers to aligned"
+                "divergence uld: compares sorted probabilities of two tokenizers; set tokenizers to prefix"
             )
         if self.divergence == "uld" and self.top_k is not None:
             raise ValueError("top_k: divergence uld needs the teacher's whole distribution")
-        if self.tokenizers == "aligned" and self.teacher_weights is not None:
+        if self.tokenizers != "same" and self.teacher_weights is not None:
             raise ValueError("teacher_weights: a composed teacher needs one vocabulary; set tokenizers to same")
+        if self.tokenizers != "same" and self.gain_over is not None:
+            raise ValueError("gain_over: needs one vocabulary; set tokenizers to same")
+        if self.token_weights is not None and self.token_weights.soft_or is not None and not self.measures_kl:
+            raise ValueError(
+                f"token_weights.soft_or: needs a KL at each token, and divergence {self.divergence} has none here"
+            )
         return self
 
     @model_serializer(mode="wrap")

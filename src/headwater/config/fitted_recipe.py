@@ -78,9 +78,8 @@ class FittedRecipe(FittedSizes):
                 "note     the teacher is not larger than the student: it can pass on only what the reward teaches it"
             )
         if "total" in self.times:
-            lines.append(
-                f"time     {duration(self.times['total'])} for `headwater run my.yaml`, as --dry-run estimates, with long completions"
-            )
+            time = f"time     {duration(self.times['total'])} for `headwater run my.yaml` if every completion reaches max_tokens"
+            lines.append(f"{time}, as --dry-run estimates")
         if self.slow:
             lines.append(
                 "note     this device is slow for the pair: the recipe is cut to what it can do, enough to try everything and little to"
@@ -239,7 +238,12 @@ class FittedRecipe(FittedSizes):
                 "group_size": Setting(
                     GROUP, "rollouts of one problem, whose rewards are compared; 8 as the paper's script"
                 ),
-                "sampling": Setting({"max_tokens": self.completion.value}, self.completion.comment if first else ""),
+                "sampling": Setting(
+                    {"temperature": 1.0, "max_tokens": self.completion.value},
+                    f"{self.completion.comment}. Where the model is right only at a lower temperature, lower it"
+                    if first
+                    else "",
+                ),
                 "optim": self.rate(role, "reward"),
                 "sparse": Setting({"kl_coef": 0.0}, kl if first else ""),
             },

@@ -23,6 +23,7 @@ from pydantic import (
 from headwater.config import yaml
 from headwater.config.compute import Compute
 from headwater.config.guards import Guards
+from headwater.config.prompt import Prompt
 from headwater.config.recipe_paths import with_paths
 from headwater.config.schema import Fraction, Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
 from headwater.config.stage import Sampling, Stages
@@ -72,6 +73,8 @@ class Models(Strict):
     """Model that supervises the student; not needed by GRPO on the student alone. Also `http://HOST:PORT/v1`, a model behind a
     vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its teacher. Neither kind is trained
     (docs/engines.md)."""
+    teacher_tokenizer: str | None = None
+    """Model folder or hub id of a served teacher's tokenizer and config, where they are not the student's (docs/teachers.md)."""
     expert: str | None = None
     """Stronger model; its sampled answers fine-tune the teacher in the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -83,6 +86,11 @@ class Models(Strict):
     lora: Lora | None = None
     """Train low-rank adapters; None trains all weights."""
 
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit a teacher's tokenizer where none is named: recipes written before the field existed stay equal."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("teacher_tokenizer", None)}
+
     def named(self, role: str) -> dict[str, str]:
         """Field -> model name of a role; empty if the recipe names none.
 
@@ -92,33 +100,6 @@ class Models(Strict):
         if isinstance(names, dict):
             return {f"models.{role}.{tag}": name for tag, name in sorted(names.items())}
         return {} if names is None else {f"models.{role}": names}
-
-
-class Prompt(Strict):
-    """How a problem becomes a chat prompt."""
-
-    system: str | None = None
-    """System message; None sends none."""
-    template: str = "{problem}"
-    """The user's message; `{problem}` is replaced by the problem's text."""
-    thinking: bool = False
-    """Passed to chat templates that have `enable_thinking` (Qwen3)."""
-    chat: bool = True
-    """Apply the model's chat template; false gives the model the texts as they are (problems that spell a template, base models)."""
-    max_tokens: Tokens = 2048
-    """Longest prompt; a longer one is refused."""
-
-    @model_validator(mode="after")
-    def _names_the_problem(self) -> Prompt:
-        if "{problem}" not in self.template:
-            raise ValueError("template must contain {problem}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _written(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `chat` where it is true: recipes written before it existed stay equal, and so do their fingerprints."""
-        fields: dict[str, Any] = fields_of(self)
-        return {name: value for name, value in fields.items() if name != "chat" or not value}
 
 
 class Columns(Strict):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import UserError, did_you_mean
+from headwater.errors import UserError, similar_file
 
 FIELDS = {"models": ("student", "teacher", "expert"), "data": ("labeled", "unlabeled", "evals", "validation")}
 """Section -> its fields that name files and folders."""
@@ -63,5 +63,5 @@ def refuse_missing(recipe: Mapping[str, Any], folder: Path) -> None:
             files = [file for place in places if os.path.isdir(place) for file in os.listdir(place)]
             raise UserError(
                 f"{field}: {name}: no such file or folder, neither beside the recipe in {os.path.abspath(folder)} nor in the "
-                f"working directory {here}{did_you_mean(os.path.basename(name), files)}"
+                f"working directory {here}{similar_file(name, files)}"
             )

@@ -16,7 +16,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import ArrowRow
 from headwater.data.conversations import messages_of
-from headwater.errors import UserError, did_you_mean, error_text
+from headwater.errors import UserError, error_text, similar_file
 from headwater.storage import hub
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
@@ -62,7 +62,7 @@ def no_such_file(path: Path) -> str:
     """
     missing = "no such file" if path.is_absolute() else f"no such file in {Path.cwd()}"
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return missing + did_you_mean(str(path), [str(other) for other in beside if other.is_file()])
+    return missing + similar_file(str(path), [str(other) for other in beside if other.is_file()])
 
 
 # Text files -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -301,3 +301,7 @@ def _generated(source: Source, what: str) -> LoadedProblems:
         raise UserError(f"{where}: {error}") from None
     rows = [(number, Conversation((("user", text),)), answer) for number, (text, answer) in enumerate(pairs, 1)]
     return _merged(_within(rows, source), f"{name}:{settings.pool}", {number: name for number, *_ in rows})
+
+
+def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:
+    return {"data": source, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}

@@ -8,7 +8,7 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error
 from headwater.errors import UserError
 from headwater.models.adapter_coverage import Coverage, coverage
-from headwater.runs.estimate import base_of
+from headwater.runs.plan import base_of
 
 MIN_SHARE = 0.9
 """Share of the layers' weights below which `all-linear` does not mean what it says."""

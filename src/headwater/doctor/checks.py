@@ -84,7 +84,7 @@ CHECKS = (
     Check("columns beside the problems", data.columns, exit_code=2),
     Check("an answer for every label", data.answers),
     Check("protections of the machine", data.sandbox_layers),
-    Check("gold answers against their grader", data.golds),
+    Check("labels against their grader", data.golds),
     Check("contamination by evaluation problems", data.contamination, exit_code=2),
     Check("duplicates and contradictions", data.repeats, exit_code=2),
     Check("evaluation sets", data.evaluations),

@@ -19,9 +19,9 @@ from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
-from headwater.runs.estimate import base_of, model_shapes
+from headwater.runs.estimate import model_shapes
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, last_node, make_plan
+from headwater.runs.plan import Node, Plan, Role, base_of, last_node, make_plan
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
@@ -145,6 +145,24 @@ class DoctorContext:
         return pairs
 
     @property
+    def aligned_pairs(self) -> Mapping[tuple[str, str], list[str]]:
+        """(learner, teacher) -> its stages that align tokenizers, of pairs that no other stage compares token by token."""
+        stages: dict[tuple[str, str], list[str]] = {}
+        plain: set[tuple[str, str]] = set()
+        for node in self.nodes:
+            if node.kind != "train" or node.settings is None or not node.settings.needs_teacher:
+                continue
+            supervisor = node.teacher if node.cache is None else node.cache.start
+            base = None if supervisor is None else base_of(supervisor)
+            named = {} if base is None else self.recipe.models.named(base)
+            for pair in ((base_of(node.start), name.removeprefix("models.")) for name in named):
+                if node.aligns_tokenizers:
+                    stages.setdefault(pair, []).append(node.stage)
+                else:
+                    plain.add(pair)
+        return {pair: names for pair, names in stages.items() if pair not in plain}
+
+    @property
     @read_once("plan")
     def compared_problems(self) -> list[Problem]:
         problems = self.inputs.problems
@@ -152,8 +170,8 @@ class DoctorContext:
 
     def prompter(self, role: str) -> Prompter:
         """As in a run, but without a limit: a check measures how far over it a prompt is."""
-        unbounded = self.recipe.prompt.model_copy(update={"max_tokens": 1 << 40})
-        return replace(self.inputs.prompter(self.inputs.tokenizer(role)), prompt=unbounded)
+        prompter = self.inputs.prompter(self.inputs.tokenizer(role), role.partition(".")[0])
+        return replace(prompter, prompt=prompter.prompt.model_copy(update={"max_tokens": 1 << 40}))
 
     @property
     @read_once("config")

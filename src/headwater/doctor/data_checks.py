@@ -75,7 +75,7 @@ def golds(context: DoctorContext) -> Iterator[Finding]:
             yield Finding(
                 "gold-fails-grader",
                 "error" if wrong_task else "warning",
-                f"{name}: {len(failed)} of {len(pairs)} gold answers do not grade correct against themselves under task "
+                f"{name}: {len(failed)} of {len(pairs)} labels do not grade correct against themselves under task "
                 f"{task}: {_few(failed)}",
                 "a label that fails its own grader is wasted: fix or remove it, or choose another task",
             )

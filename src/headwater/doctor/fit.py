@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -24,7 +25,8 @@ from headwater.config.fitted import (
     forms,
 )
 from headwater.config.fitted_recipe import FittedRecipe
-from headwater.config.recipe import Columns, Prompt, Recipe, Source, parse_recipe
+from headwater.config.prompt import Prompt
+from headwater.config.recipe import Columns, Recipe, Source, parse_recipe
 from headwater.data.describe import describe
 from headwater.data.sources import LoadedProblems, content_fraction, load, without_leaks
 from headwater.doctor.resource_checks import free_memory
@@ -83,23 +85,24 @@ def fitted_recipe(request: FitRequest) -> str:
     data, models = data_facts(request, student), (model_facts(student), model_facts(teacher))
     inputs: RunInputs | None = None
     peaks = []
-    for form in forms(device.kind):
-        fitted = FittedRecipe(*models, data, device, form)
-        inputs = inputs_of(fitted, inputs)
-        with inputs:
+    with contextlib.ExitStack() as stack:
+        for form in forms(device.kind):
+            fitted = FittedRecipe(*models, data, device, form)
+            if inputs is None:
+                inputs = stack.enter_context(RunInputs(written(fitted)))
+            inputs = resized(inputs, written(fitted))
             peaks.append(peak_bytes(inputs))
-        if peaks[-1] <= USABLE_MEMORY * device.memory:
-            return within_time(fitted, request.hours, inputs).text()
+            if peaks[-1] <= USABLE_MEMORY * device.memory:
+                return within_time(fitted, request.hours, inputs).text()
     raise UserError(
         f"--student and --teacher: need at least {min(peaks) / 2**30:.1f} GiB, with adapters and gradient checkpointing, and "
         f"{device.name} has {device.memory / 2**30:.1f} GiB free; name smaller models or another --device, such as --device h200"
     )
 
 
-def inputs_of(fitted: FittedRecipe, earlier: RunInputs | None) -> RunInputs:
-    """The inputs of a recipe as it would be written; what earlier ones have read is kept."""
-    recipe = parse_recipe(yaml.read(fitted.text(), "init mine"), "init mine")
-    return RunInputs(recipe) if earlier is None else resized(earlier, recipe)
+def written(fitted: FittedRecipe) -> Recipe:
+    """The recipe as a run would read it."""
+    return parse_recipe(yaml.read(fitted.text(), "init mine"), "init mine")
 
 
 def within_time(fitted: FittedRecipe, hours: float | None, inputs: RunInputs) -> FittedRecipe:
@@ -112,7 +115,7 @@ def within_time(fitted: FittedRecipe, hours: float | None, inputs: RunInputs) ->
 
     def timed(share: float) -> FittedRecipe:
         sized = replace(fitted, effort=Effort.scaled(share))
-        return replace(sized, times=stage_times(inputs_of(sized, inputs), fitted.device))
+        return replace(sized, times=stage_times(resized(inputs, written(sized)), fitted.device))
 
     if hours is None and not fitted.slow:
         return replace(fitted, times=stage_times(inputs, fitted.device))
@@ -140,11 +143,10 @@ def stage_times(inputs: RunInputs, device: DeviceFacts) -> dict[str, float]:
     """Seconds of each stage and, as `total`, of the default arm with its evaluations, as `run --dry-run` estimates them."""
     datasheet = Device(device.flops / UTILISATION, device.memory, device.bandwidth, device.source)
     times: dict[str, float] = {}
-    with inputs:
-        for arm in (FITTED_ARM, DEFAULT_ARM):
-            nodes = estimates(make_plan(inputs.recipe, [arm], [inputs.recipe.seed], inputs.content()), inputs)
-            times |= {node.name.split(".")[0]: node.seconds(datasheet) for node in nodes}
-            times["total"] = total_seconds(nodes, datasheet)
+    for arm in (FITTED_ARM, DEFAULT_ARM):
+        nodes = estimates(make_plan(inputs.recipe, [arm], [inputs.recipe.seed], inputs.content()), inputs)
+        times |= {node.name.split(".")[0]: node.seconds(datasheet) for node in nodes}
+        times["total"] = total_seconds(nodes, datasheet)
     return times
 
 
@@ -347,7 +349,7 @@ def device_facts(name: str) -> DeviceFacts:
 
 def measured_flops(device: torch.device, seconds: float) -> float:
     """FLOP/s of a matrix product in the type that trains there."""
-    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (384, torch.float32)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     return 2.0 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item(), seconds)
 

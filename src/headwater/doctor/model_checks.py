@@ -9,7 +9,7 @@ from typing import Any
 from headwater.doctor.context import MAX_COMPARED_CHARACTERS, DoctorContext
 from headwater.doctor.finding import Finding, error, note, try_each, warning
 from headwater.errors import UserError
-from headwater.models.prompts import render_chat
+from headwater.models.prompts import turn_end
 from headwater.models.tokenizer import refuse_different_tokens
 from headwater.runs.read_once import InputError
 
@@ -42,18 +42,26 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
     """Equal width is not enough (unsloth-zoo #965): ids of probe strings and of problems are compared."""
     student, texts = context.inputs.tokenizer("student"), compared_texts(context)
     for role in context.roles[1:]:
+        if ("student", role) in context.aligned_pairs:
+            continue
         teacher = context.inputs.tokenizer(role)
         try:
             refuse_different_tokens(student, teacher, ("models.student", f"models.{role}"), texts)
         except UserError as refusal:
-            remedy = "choose a teacher of the student's model family, or one with the same tokenizer files"
+            stages = dict.fromkeys(
+                node.stage
+                for node in context.nodes
+                if node.kind == "train" and node.settings and node.settings.needs_teacher
+            )
+            aligned = " and ".join(f"stages.{stage}.dense.tokenizers=prefix" for stage in stages)
+            remedy = f"choose a teacher with the student's tokenizer, or set {aligned} (cross-tokenizer distillation, docs/teachers.md)"
             yield error("token-ids-differ", str(refusal), remedy)
 
 
 def vocabulary(context: DoctorContext) -> Iterator[Finding]:
     widths = {role: int(context.inputs.config(role).get_text_config().vocab_size) for role in context.roles}
     for (learner, teacher), whole in context.distillations.items():
-        if whole and widths[learner] != widths[teacher]:
+        if whole and widths[learner] != widths[teacher] and (learner, teacher) not in context.aligned_pairs:
             yield error(
                 "vocabulary-width",
                 f"models.{learner} and models.{teacher}: their output layers have {widths[learner]} and {widths[teacher]} columns, "
@@ -84,7 +92,12 @@ def stop_sets(context: DoctorContext) -> Iterator[Finding]:
 
     for learner, teacher in context.distillations:
         learner_ids, teacher_ids = set(inputs.stop_ids(learner)), set(inputs.stop_ids(teacher))
-        if learner_ids == teacher_ids or not learner_ids or not teacher_ids:
+        if (
+            learner_ids == teacher_ids
+            or not learner_ids
+            or not teacher_ids
+            or (learner, teacher) in context.aligned_pairs
+        ):
             continue
         evidence = f"models.{learner} ends a completion at {named(learner)}, models.{teacher} at {named(teacher)}"
         unknown = sorted(teacher_ids - learner_ids)
@@ -127,20 +140,6 @@ def end_tokens(context: DoctorContext) -> Iterator[Finding]:
                 "nothing: padding is never recognised by its id here and EOS is trained on; trainers that mask the pad id would "
                 "unlearn stopping",
             )
-
-
-def turn_end(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes after an assistant's turn, if there is one."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return None
-    turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
-    try:
-        after = render_chat(tokenizer, turns, "an assistant's turn", {}).rpartition("=7")[2].lstrip()[:1000]
-    except UserError:  # not every template takes such a turn; prompts of the problems have a check of their own
-        return None
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return ids[0] if ids and ids[0] in special else None
 
 
 def generation_configs(context: DoctorContext) -> Iterator[Finding]:

@@ -176,6 +176,13 @@ def probe(
 def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
     """Measure both models; also returns C2 on all samples (`conditions.measure`)."""
     recipe = task.recipe
+    if (
+        any(stage.dense.tokenizers != "same" for stage in recipe.stages.named.values())
+        or recipe.prompt.teacher is not None
+    ):
+        raise UserError(
+            "dense.tokenizers, prompt.teacher: the probe compares models token by token, with one tokenizer and prompt"
+        )
     student, teacher = sample_model("student", task), sample_model("teacher", task)
     refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
     top_k, tokens = recipe.conditions.top_k, recipe.compute.microbatch_tokens
@@ -240,7 +247,7 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     if others or is_served(name):
         raise UserError(f"{field}: probe measures one model whose weights are local; name a folder or a hub id")
     policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
-    prompter = inputs.prompter(policy.tokenizer)
+    prompter = inputs.prompter(policy.tokenizer, role)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in task.problems]
     title = f"{role}, {len(prompts)} problems × {task.samples} samples"
     with task.progress.node(title, 1 if role == "student" else 2, 3) as watch:

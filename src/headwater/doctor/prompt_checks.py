@@ -34,6 +34,9 @@ def templates(context: DoctorContext) -> Iterator[Finding]:
     """A template mismatch does not fail, it biases every token of the distillation (tinker #796: +0.287 nats)."""
     problems, student = context.compared_problems, context.prompter("student")
     for role in context.roles[1:] if problems else ():
+        if ("student", role) in context.aligned_pairs or context.recipe.prompt.teacher is not None:
+            yield from own_prompt(context, role)
+            continue
         teacher, fields = context.prompter(role), f"models.student and models.{role}"
         prompts = student.text(problems[0]), teacher.text(problems[0])
         states = [thinking_state(prompt) for prompt in prompts]
@@ -59,9 +62,30 @@ def templates(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
+def own_prompt(context: DoctorContext, role: str) -> Iterator[Finding]:
+    """A teacher that is meant to read other words, or another template, than the student."""
+    problem = context.compared_problems[0]
+    prompts = [context.prompter(name).text(problem) for name in ("student", role)]
+    if prompts[0] != prompts[1]:
+        yield note(
+            "prompts-differ",
+            f"models.student and models.{role}: read different prompts ({prompts[0][-40:]!r} and {prompts[1][-40:]!r}), as the recipe "
+            "asks for; only their completions are compared",
+            "nothing",
+        )
+    states = [thinking_state(prompt) for prompt in prompts]
+    if states[0] != states[1]:
+        yield warning(
+            "thinking-differs",
+            f"models.student and models.{role}: the thinking block is {states[0]} in the first's prompt and {states[1]} in the "
+            "other's, so one may think where the other answers",
+            "set prompt.teacher.thinking to what fits the student's completions",
+        )
+
+
 def knows_thinking(prompter: Prompter, context: DoctorContext) -> bool:
     """Whether `prompt.thinking` changes the prompt."""
-    problem, prompt = context.compared_problems[0], context.recipe.prompt
+    problem, prompt = context.compared_problems[0], prompter.prompt
     texts = {
         replace(prompter, prompt=prompt.model_copy(update={"thinking": thinking})).text(problem)
         for thinking in (False, True)
@@ -71,9 +95,9 @@ def knows_thinking(prompter: Prompter, context: DoctorContext) -> bool:
 
 def fields_without_effect(context: DoctorContext) -> Iterator[Finding]:
     """Prompt fields that a chat template ignores."""
-    prompt = context.recipe.prompt
     for role in context.roles if context.compared_problems else ():
         prompter = context.prompter(role)
+        prompt = prompter.prompt
         text = prompter.text(context.compared_problems[0])
         if prompt.thinking and not knows_thinking(prompter, context):
             yield warning(

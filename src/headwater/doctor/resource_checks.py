@@ -16,9 +16,9 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
 from headwater.models.adapter_size import adapter_size
 from headwater.models.shape import Shape
-from headwater.runs.estimate import Assumptions, Estimator, base_of
+from headwater.runs.estimate import Assumptions, Estimator
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node
+from headwater.runs.plan import Node, base_of
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
 from headwater.training.checkpoint import KEPT
 

@@ -102,7 +102,8 @@ def probed_share(out: Path, role: str) -> float | None:
 
 def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:
     """Student and teacher that give the same distributions: distilled as it is, the teacher has nothing to teach."""
-    for _, teacher in [pair for pair in context.distillations if pair[0] == "student"]:
+    pairs = [pair for pair in context.distillations if pair[0] == "student" and pair not in context.aligned_pairs]
+    for _, teacher in pairs:
         student, rollouts = context.policy("student", False), scored_rollouts(context)
         kl = self_kl(student, context.policy(teacher, True), rollouts, context.recipe.compute.microbatch_tokens)
         if not abs(kl) < SELF_KL[student.compute_dtype]:

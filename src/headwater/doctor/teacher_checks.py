@@ -14,9 +14,10 @@ from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
+from headwater.runs.tokenizers import token_bytes
 from headwater.teachers.build import top_k_of
 from headwater.teachers.served_teacher import ServedTeacher, check_scoring
-from headwater.teachers.server_client import is_served
+from headwater.teachers.server_client import ServedTokenizer, is_served
 
 SERVER_PROBLEMS = 4
 """Problems on which a server's tokenizer is compared, in addition to the probe strings: each is a request."""
@@ -41,6 +42,10 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
         return
     form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
     for node in context.nodes:
+        if node.kind == "train" and isinstance(teacher, dict) and node.aligns_tokenizers:
+            yield cannot_run(
+                f"stages.{node.stage}.dense.tokenizers: models.teacher is {form}, and aligned tokenizers need one teacher; name one"
+            )
         if node.kind == "train" and node.start == "teacher":
             yield cannot_run(
                 f"models.teacher: is {form}, which is not trained here, and stage {node.stage} of this arm would; choose arms that "
@@ -53,7 +58,12 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
 def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
     name = "warmup" if node.kind == "rollouts" else node.stage
     scores = node.kind == "train" or "teacher" in stage.signals
-    if scores and stage.dense.exact and stage.dense.top_k is None:
+    if scores and stage.dense.divergence == "uld":
+        yield cannot_run(
+            f"stages.{name}.dense.divergence: models.teacher is a server ({server}), and uld sorts whole distributions; take another "
+            "divergence, or name a folder",
+        )
+    elif scores and stage.dense.exact and stage.dense.top_k is None:
         yield cannot_run(
             f"stages.{name}.dense.top_k: models.teacher is a server ({server}), which gives the top-k log-probs and not the whole "
             "distribution; set it (for example 64, with --max-logprobs 64 at the server)",
@@ -92,7 +102,14 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
             context.inputs.tokenizer(role),
         )  # a server's clock runs
         field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
+        local = context.inputs.served_tokenizer
         try:
+            if local is not None:  # the server's ids are its own; they must be those of the files named here
+                server = ServedTokenizer(context.inputs.server(role))
+                refuse_different_tokens(local.tokenizer, server, ("models.teacher_tokenizer", field), texts)
+                continue
+            if ("student", role) in context.aligned_pairs:
+                token_bytes(context.inputs, role)  # its tokenizer's files are needed
             refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
             for problem in context.compared_problems[:SERVER_PROBLEMS] if student.has_template and texts else ():
                 served_ids = served.chat(student.messages(problem), student.prompt.thinking)
@@ -125,12 +142,10 @@ def servers(context: DoctorContext) -> Iterator[Finding]:
                     f"more, are {needed}",
                     f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
                 )
-        tokenizer = inputs.tokenizer("student")
-        width = int(inputs.config("student").get_text_config().vocab_size)
+        folder = inputs.served_tokenizer or inputs.model_folder("student")
+        tokenizer, width = folder.tokenizer, int(folder.config.get_text_config().vocab_size)
         for top_k in dict.fromkeys(top_k_of(stage) or 0 for stage in stages):
-            teacher = ServedTeacher(
-                inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k
-            )
+            teacher = ServedTeacher(inputs.server(role), tokenizer, width, folder.stop_ids, inputs.device, top_k)
             try:
                 check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
             except HeadwaterError as refusal:

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from headwater.devices import to_device
 from headwater.losses.distributions import Distributions, concatenate
 from headwater.losses.packing import Packing, pack
 from headwater.types import Rollout, Verdict
@@ -93,7 +94,8 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
         mask_BT[index, : len(sequence)] = 1
         start = index * width + len(row.rollout.prompt_ids) - 1
         predictors.append(torch.arange(start, start + row.tokens))
-    return _batch(rows, ids_BT.to(device), mask_BT.to(device), None, torch.cat(predictors).to(device))
+    ids_BT, mask_BT, predictor_N = (to_device(part, device) for part in (ids_BT, mask_BT, torch.cat(predictors)))
+    return _batch(rows, ids_BT, mask_BT, None, predictor_N)
 
 
 def collate_packed(rows: Sequence[Row], device: torch.device) -> Batch:
@@ -103,7 +105,7 @@ def collate_packed(rows: Sequence[Row], device: torch.device) -> Batch:
         torch.cat([torch.tensor([last]), torch.arange(start, start + row.tokens - 1)])
         for row, last, start in zip(rows, packing.prompt_end_B, packing.start_B, strict=True)
     ]
-    return _batch(rows, ids_1L, None, packing, torch.cat(predictors).to(device))
+    return _batch(rows, ids_1L, None, packing, to_device(torch.cat(predictors), device))
 
 
 def _batch(
@@ -120,12 +122,12 @@ def _batch(
         mask_BT=mask_BT,
         packing=packing,
         predictor_N=predictor_N,
-        targets_N=torch.tensor(
-            [token for row in rows for token in row.rollout.completion_ids], dtype=torch.long, device=device
+        targets_N=to_device(
+            torch.tensor([token for row in rows for token in row.rollout.completion_ids], dtype=torch.long), device
         ),
-        row_N=torch.repeat_interleave(counts).to(device),
-        sampler_logp_N=torch.tensor([logp for row in rows for logp in row.rollout.sampler_logp], device=device),
-        advantages_N=torch.tensor([row.advantage for row in rows]).repeat_interleave(counts).to(device),
+        row_N=to_device(torch.repeat_interleave(counts), device),
+        sampler_logp_N=to_device(torch.tensor([logp for row in rows for logp in row.rollout.sampler_logp]), device),
+        advantages_N=to_device(torch.tensor([row.advantage for row in rows]).repeat_interleave(counts), device),
         reference_logp_N=_concatenate([row.reference_logp for row in rows], device),
         old_logp_N=_concatenate([row.old_logp for row in rows], device),
         teacher=concatenate(teachers, device) if teachers else None,
@@ -136,7 +138,7 @@ def _batch(
 
 def _concatenate(parts: list[Tensor | None], device: torch.device) -> Tensor | None:
     present = [part for part in parts if part is not None]
-    return torch.cat(present).to(device) if present else None
+    return to_device(torch.cat(present), device) if present else None
 
 
 def microbatches(rows: Sequence[Row], tokens: int, pads: bool = True) -> Iterator[list[Row]]:

@@ -7,13 +7,13 @@ events, so that every divergence in `token_losses` works on every form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from headwater.losses.materialized import Exact, ExactGain, Known, Sorted, SpanLogp, TopK
+from headwater.losses.materialized import GROUP_FLOOR, Exact, ExactGain, Grouped, Known, Sorted, SpanLogp, TopK
 from headwater.losses.output_head import Head, LinearHead, logp_dtype
 
 
@@ -166,42 +166,41 @@ def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Ten
 
 
 @dataclass(frozen=True)
-class SharedTokens:
-    """Tokens of two vocabularies that stand for the same bytes: student_K[i] and teacher_K[i]. `student_of_V` is -1 for the others."""
+class TokenGroups:
+    """Groups of a teacher's tokens: those of ids_K are in group_K. `whole`: these are all of its tokens."""
 
-    student_K: Tensor
-    teacher_K: Tensor
-    student_of_V: Tensor
-
-    @staticmethod
-    def of(student_ids: Sequence[int], teacher_ids: Sequence[int], width: int, device: torch.device) -> SharedTokens:
-        """width  of the teacher's output layer"""
-        student_K, teacher_K = torch.tensor(student_ids, device=device), torch.tensor(teacher_ids, device=device)
-        student_of_V = torch.full((width,), -1, dtype=torch.long, device=device)
-        student_of_V[teacher_K] = student_K
-        return SharedTokens(student_K, teacher_K, student_of_V)
+    ids_K: Tensor
+    group_K: Tensor
+    whole: bool
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """Distributions of a teacher with another tokenizer, at the student's tokens that begin a common span.
+    """Distributions of a teacher with another tokenizer, at a student's tokens.
 
-    With shared tokens it becomes a `TopK` over them, in the student's ids: every token that the two vocabularies do not share is
-    in the tail, on both sides. Without, it becomes the `Sorted` probabilities (ULD, 2402.12030), which need no common vocabulary.
+    They become probabilities of groups of tokens that divide both vocabularies (`Grouped`; of a top-k teacher `TopK`). Within a token
+    of the teacher, its tokens are those that begin with the bytes so far, and the distribution is conditioned on them. Without
+    `group_V` they become `Sorted` (ULD, 2402.12030), which needs no common vocabulary.
 
-    base    at each of the student's tokens, in the teacher's own ids; any row where `size_N` is not positive
-    size_N  tokens of the span that begins at this token of the student; 0 within a span, -1 where the texts do not agree
+    base      in the teacher's own ids: at each of the student's tokens, the distribution over the token that it lies in
+    tokens_N  the teacher's tokens that can follow at each of the student's tokens, and their groups; None: not compared
+    state_N   1 if compared, 0 if not, -1 where the texts do not agree
+    group_V   group of each of the student's tokens
+    groups    number of groups
     """
 
     base: Distributions
-    shared: SharedTokens | None
-    size_N: Tensor
+    tokens_N: tuple[TokenGroups | None, ...]
+    state_N: Tensor
+    group_V: Tensor | None
+    groups: int
 
     def __len__(self) -> int:
-        return len(self.size_N)
+        return len(self.state_N)
 
     def rows(self, start: int, stop: int) -> Aligned:
-        return Aligned(self.base.rows(start, stop), self.shared, self.size_N[start:stop])
+        rows = slice(start, stop)
+        return replace(self, base=self.base.rows(start, stop), tokens_N=self.tokens_N[rows], state_N=self.state_N[rows])
 
     def buffer(self, tokens: int) -> Tensor | None:
         """Memory for the teacher's logits of some tokens, if they are computed from hidden states."""
@@ -209,27 +208,43 @@ class Aligned:
 
     def with_logits(self, buffer_CV: Tensor | None = None) -> Aligned:
         """Compute the logits, where the base holds hidden states."""
-        if not isinstance(self.base, FromHidden):
-            return self
-        return Aligned(self.base.with_logits(buffer_CV), self.shared, self.size_N)
+        return replace(self, base=self.base.with_logits(buffer_CV)) if isinstance(self.base, FromHidden) else self
 
-    def materialize(self) -> TopK | Sorted:
-        known, compared_N = self.base.materialize(), self.size_N > 0
-        if self.shared is None:
+    @torch.no_grad()
+    def materialize(self) -> Grouped | TopK | Sorted:
+        known = self.base.materialize()
+        if self.group_V is None:
             if not isinstance(known, Exact):
-                raise ValueError(
-                    "sorted probabilities need whole distributions, and this one holds only its top-k tokens"
-                )
-            return Sorted(known.logp_NV.sort(dim=-1, descending=True).values, compared_N)
+                raise ValueError(f"sorted probabilities need whole distributions, not {type(known).__name__}")
+            return Sorted(known.logp_NV.sort(dim=-1, descending=True).values, self.state_N > 0)
         if isinstance(known, Exact):
-            ids_NK = self.shared.student_K.expand(len(self), -1)
-            logp_NK = known.logp_NV.index_select(1, self.shared.teacher_K)
-            return TopK(ids_NK, logp_NK, compared_N * ids_NK.shape[1])
+            p_NE = known.logp_NV.new_zeros(len(self), self.groups)
+            for tokens, index_R in self._by_tokens():
+                p_RK = known.logp_NV[index_R].index_select(1, tokens.ids_K).exp()
+                p_NE[index_R] = p_NE.new_zeros(len(index_R), self.groups).index_add_(1, tokens.group_K, p_RK)
+            mass_N1 = p_NE.sum(dim=-1, keepdim=True)
+            logp_NE = (p_NE / mass_N1.clamp_min(GROUP_FLOOR)).clamp_min(GROUP_FLOOR).log()
+            return Grouped(logp_NE, self.group_V, mass_N1.squeeze(1) > GROUP_FLOOR)
         assert isinstance(known, TopK)
-        ids_NK = self.shared.student_of_V[known.ids_NK.long()]
-        shared_NK = (ids_NK >= 0) & compared_N[:, None]
-        order_NK = shared_NK.argsort(dim=-1, descending=True, stable=True)
-        return TopK(ids_NK.clamp_min(0).gather(1, order_NK), known.logp_NK.gather(1, order_NK), shared_NK.sum(dim=-1))
+        # Of the tokens that continue a begun one a server names too few to condition on them.
+        p_NE = known.logp_NK.new_zeros(len(self), self.groups)
+        for tokens, index_R in self._by_tokens():
+            if tokens.whole:
+                group_V = tokens.group_K.new_empty(len(tokens.ids_K)).index_copy_(0, tokens.ids_K, tokens.group_K)
+                p_NE[index_R] = p_NE.new_zeros(len(index_R), self.groups).scatter_add_(
+                    1, group_V[known.ids_NK[index_R].long()], known.logp_NK[index_R].exp()
+                )
+        kept = p_NE.topk(min(self.groups, known.ids_NK.shape[1]), dim=-1)
+        return TopK(kept.indices, kept.values.clamp_min(GROUP_FLOOR).log(), (kept.values > 0).sum(dim=-1), self.group_V)
+
+    def _by_tokens(self) -> list[tuple[TokenGroups, Tensor]]:
+        """The rows of each set of tokens."""
+        rows: dict[int, list[int]] = {}
+        sets = {id(tokens): tokens for tokens in self.tokens_N if tokens is not None}
+        for row, tokens in enumerate(self.tokens_N):
+            if tokens is not None:
+                rows.setdefault(id(tokens), []).append(row)
+        return [(sets[key], torch.tensor(chosen, device=self.state_N.device)) for key, chosen in rows.items()]
 
 
 def select_rows(distributions: Distributions, index_N: Tensor) -> Distributions:
@@ -271,7 +286,7 @@ class Concatenated:
 def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
     """The k most likely tokens and the tail, if the distributions hold more. Raises ValueError for forms that are no list of tokens."""
     known = distributions.materialize()
-    if not isinstance(known, (Exact, TopK)):
+    if not isinstance(known, (Exact, TopK, Grouped)):
         raise ValueError(f"{type(known).__name__} distributions have no top k tokens")
     return known if isinstance(known, TopK) and known.ids_NK.shape[1] <= k else known.top_k(k)
 
@@ -290,8 +305,12 @@ def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distrib
         return ExactGain(teacher, base)
     if isinstance(first, Aligned):
         aligned = [part for part in parts if isinstance(part, Aligned)]
-        size_N = torch.cat([part.size_N for part in aligned]).to(device)
-        return Aligned(concatenate([part.base for part in aligned], device), first.shared, size_N)
+        return replace(
+            first,
+            base=concatenate([part.base for part in aligned], device),
+            tokens_N=tuple(tokens for part in aligned for tokens in part.tokens_N),
+            state_N=torch.cat([part.state_N for part in aligned]).to(device),
+        )
     if any(isinstance(part, Concatenated) for part in parts) or not _share_head(parts):
         return Concatenated(tuple(parts))
     if isinstance(first, FromHidden):
@@ -299,13 +318,18 @@ def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distrib
         return FromHidden(hidden_NH.to(device), first.head, first.temperature)
     if isinstance(first, Exact):
         return Exact(torch.cat([part.logp_NV for part in parts if isinstance(part, Exact)]).to(device))
+    if isinstance(first, Grouped):
+        grouped = [part for part in parts if isinstance(part, Grouped)]
+        logp_NE = torch.cat([part.logp_NE for part in grouped]).to(device)
+        return Grouped(logp_NE, first.group_V.to(device), torch.cat([part.compared_N for part in grouped]).to(device))
     if isinstance(first, (Sorted, SpanLogp)):
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return type(first)(*(torch.cat(column).to(device) for column in columns))
     kept = [part for part in parts if isinstance(part, TopK)]
     ids_NK, logp_NK = torch.cat([part.ids_NK for part in kept]), torch.cat([part.logp_NK for part in kept])
     counts = [part.count_N for part in kept if part.count_N is not None]
-    return TopK(ids_NK.to(device), logp_NK.to(device), torch.cat(counts).to(device) if counts else None)
+    group_V = None if kept[0].group_V is None else kept[0].group_V.to(device)
+    return TopK(ids_NK.to(device), logp_NK.to(device), torch.cat(counts).to(device) if counts else None, group_V)
 
 
 def _share_head(parts: Sequence[Distributions]) -> bool:

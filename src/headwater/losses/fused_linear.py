@@ -27,7 +27,7 @@ from headwater.losses.distributions import (
     FromLogits,
     Gain,
 )
-from headwater.losses.materialized import Exact, ExactGain, Sorted, SpanLogp, TopK
+from headwater.losses.materialized import Exact, ExactGain, Grouped, Sorted, SpanLogp, TopK
 from headwater.losses.output_head import LinearHead, logp_dtype
 from headwater.losses.token_losses import Divergence, LogitGradient, Pair
 from headwater.losses.token_stats import TokenInputs, TokenStats
@@ -186,8 +186,12 @@ def _block(
         compared: dict[str, Tensor | None]
         if isinstance(known, SpanLogp):
             compared = dict(zip(("kl_student_teacher_N", "teacher_logp_N"), known.compare(logp_R), strict=True))
-        elif isinstance(known, (TopK, Sorted)):
-            compared, divergence_gradient = _compare_kept(known, logp_RV, p_RV, inputs.divergence if train else None)
+        elif isinstance(known, TopK) and known.group_V is None:
+            compared, divergence_gradient = _compare_top_k(known, logp_RV, p_RV, inputs.divergence if train else None)
+        elif isinstance(known, (TopK, Grouped, Sorted)):
+            compared, divergence_gradient = _compare_by_autograd(
+                known, logp_RV, p_RV, inputs.divergence if train else None
+            )
         else:
             exact = known.teacher if isinstance(known, ExactGain) else known
             teacher_logp_RV = exact.logp_NV.to(logp_RV)
@@ -202,7 +206,7 @@ def _block(
         if inputs.divergence is not None and "divergence_N" not in compared and not isinstance(known, SpanLogp):
             compared["divergence_N"] = inputs.divergence(*known.align(logp_RV))
         values |= compared
-        if inputs.teacher_tokens and not isinstance(known, (SpanLogp, Sorted)):
+        if inputs.teacher_tokens and not isinstance(known, (SpanLogp, Sorted, Grouped)):
             values["teacher_logp_N"] = known.token_logp(inputs.targets_N[rows])
     stats = TokenStats(**values)  # type: ignore[arg-type]
     if fused.token_loss is None:
@@ -279,21 +283,16 @@ def _loss_derivatives(
     return loss_R.detach(), gradients[0], None if divergence_R is None else gradients[1]
 
 
-def _compare_kept(
-    teacher: TopK | Sorted, logp_RV: Tensor, p_RV: Tensor, divergence: Divergence | None
+def _compare_top_k(
+    teacher: TopK, logp_RV: Tensor, p_RV: Tensor, divergence: Divergence | None
 ) -> tuple[dict[str, Tensor | None], LogitGradient | None]:
-    """As `Pair`, over the k kept tokens and the tail, or over ranks: their gradient is left to autograd."""
-    kept_ids = teacher.kept_ids(logp_RV)
+    """As `Pair`, over the k kept tokens and the tail: few enough events to leave their gradient to autograd."""
     with torch.enable_grad():
-        student_NK = logp_RV.gather(1, kept_ids).requires_grad_()
+        student_NK = logp_RV.gather(1, teacher.ids_NK.long()).requires_grad_()
         student_NE, teacher_NE = teacher.align_kept(student_NK)
         value_N = None if divergence is None else divergence(student_NE, teacher_NE)
         by_kept_NK = None if value_N is None else torch.autograd.grad(value_N.sum(), student_NK, retain_graph=True)[0]
-    compared: dict[str, Tensor | None] = {}
-    if isinstance(teacher, TopK):
-        with torch.no_grad():
-            compared["kl_student_teacher_N"] = token_losses.reverse_kl(student_NE, teacher_NE).detach()
-            compared["kl_teacher_student_N"] = token_losses.forward_kl(student_NE, teacher_NE).detach()
+    compared = _kls(student_NE, teacher_NE)
     if value_N is None or by_kept_NK is None:
         return compared, None
     compared["divergence_N"] = value_N.detach()
@@ -301,6 +300,33 @@ def _compare_kept(
     def gradient(outer_N1: Tensor) -> Tensor:
         weighted_NK = by_kept_NK * outer_N1
         gradient_RV = p_RV * -weighted_NK.sum(dim=-1, keepdim=True)
-        return gradient_RV.scatter_add_(1, kept_ids, weighted_NK)
+        return gradient_RV.scatter_add_(1, teacher.ids_NK.long(), weighted_NK)
 
     return compared, gradient
+
+
+def _compare_by_autograd(
+    teacher: TopK | Grouped | Sorted, logp_RV: Tensor, p_RV: Tensor, divergence: Divergence | None
+) -> tuple[dict[str, Tensor | None], LogitGradient | None]:
+    """As `_compare_top_k`, over events that are sums of tokens, or ranks."""
+    with torch.enable_grad():
+        leaf_RV = logp_RV.detach().requires_grad_()
+        student_NE, teacher_NE = teacher.align(leaf_RV)
+        value_N = None if divergence is None else divergence(student_NE, teacher_NE)
+        by_logp_RV = None if value_N is None else torch.autograd.grad(value_N.sum(), leaf_RV)[0]
+    # A KL between ranks is none between tokens.
+    compared = {} if isinstance(teacher, Sorted) else _kls(student_NE.detach(), teacher_NE)
+    if value_N is None or by_logp_RV is None:
+        return compared, None
+    compared["divergence_N"] = value_N.detach()
+    # Through the softmax: d / d logit_j = g_j − p_j Σ_i g_i.
+    by_logit_RV = by_logp_RV - p_RV * by_logp_RV.sum(dim=-1, keepdim=True)
+    return compared, lambda outer_N1: by_logit_RV * outer_N1
+
+
+@torch.no_grad()
+def _kls(student_NE: Tensor, teacher_NE: Tensor) -> dict[str, Tensor | None]:
+    return {
+        "kl_student_teacher_N": token_losses.reverse_kl(student_NE, teacher_NE),
+        "kl_teacher_student_N": token_losses.forward_kl(student_NE, teacher_NE),
+    }

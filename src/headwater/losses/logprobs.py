@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from headwater.losses import fused_linear, token_losses
 from headwater.losses.fused_linear import FusedPass, TokenLoss
-from headwater.losses.materialized import ExactGain, Sorted, SpanLogp
+from headwater.losses.materialized import ExactGain, Grouped, Sorted, SpanLogp
 from headwater.losses.output_head import Head, LinearHead, logp_dtype
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
@@ -101,5 +101,6 @@ def _chunk_stats(hidden_NH: Tensor, head: Head, inputs: TokenInputs) -> tuple[An
         if isinstance(teacher, ExactGain):  # the KLs are measured to the teacher, not to the student's target
             teacher_NE = teacher.teacher.align(logp_NV)[1]
         kls = token_losses.reverse_kl(student_NE, teacher_NE), token_losses.forward_kl(student_NE, teacher_NE)
-        token_logp_N = teacher.token_logp(inputs.targets_N) if inputs.teacher_tokens else None
-    return logp_N, entropy_N, divergence_N, *kls, token_logp_N
+        if isinstance(teacher, Grouped) or not inputs.teacher_tokens:
+            return logp_N, entropy_N, divergence_N, *kls, None
+        return logp_N, entropy_N, divergence_N, *kls, teacher.token_logp(inputs.targets_N)

@@ -105,11 +105,13 @@ class TopK:
     over the k tokens alone).
 
     count_N  number of kept tokens in each row, which come first; None: all k. A row without any is one event, whose divergence is 0
+    group_V  the ids are groups of tokens, and this is the group of each of the student's tokens; None: the ids are tokens
     """
 
     ids_NK: Tensor
     logp_NK: Tensor
     count_N: Tensor | None = None
+    group_V: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids_NK.shape[0]
@@ -120,17 +122,16 @@ class TopK:
 
     def rows(self, start: int, stop: int) -> TopK:
         count_N = None if self.count_N is None else self.count_N[start:stop]
-        return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop], count_N)
+        return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop], count_N, self.group_V)
 
     def materialize(self) -> TopK:
         return self
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        return self.align_kept(student_logp_NV.gather(1, self.kept_ids(student_logp_NV)))
-
-    def kept_ids(self, student_logp_NV: Tensor) -> Tensor:
-        """Ids of the student's tokens (N, K) whose log-probs `align_kept` reads."""
-        return self.ids_NK.long()
+        if self.group_V is not None:
+            groups = int(torch.maximum(self.group_V.max(), self.ids_NK.max())) + 1
+            student_logp_NV = group_logp(student_logp_NV, self.group_V, groups)
+        return self.align_kept(student_logp_NV.gather(1, self.ids_NK.long()))
 
     def align_kept(self, student_logp_NK: Tensor) -> tuple[Tensor, Tensor]:
         """As `align`, from the student's log-probs of the kept tokens."""
@@ -146,7 +147,7 @@ class TopK:
         logp_NK = self.logp_NK if self.count_N is None else self.logp_NK.masked_fill(self._absent(self.count_N), LOWEST)
         kept = logp_NK.topk(min(k, logp_NK.shape[-1]), dim=-1)
         count_N = None if self.count_N is None else self.count_N.clamp_max(kept.values.shape[-1])
-        return TopK(self.ids_NK.gather(1, kept.indices), kept.values, count_N)
+        return TopK(self.ids_NK.gather(1, kept.indices), kept.values, count_N, self.group_V)
 
     def _absent(self, count_N: Tensor) -> Tensor:
         return torch.arange(self.ids_NK.shape[1], device=self.device) >= count_N[:, None]
@@ -184,20 +185,51 @@ class Sorted:
         return self
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        return self.align_kept(student_logp_NV.gather(1, self.kept_ids(student_logp_NV)))
-
-    def kept_ids(self, student_logp_NV: Tensor) -> Tensor:
-        """The student's ids from its most to its least probable token (N, V)."""
-        return student_logp_NV.argsort(dim=-1, descending=True, stable=True)
-
-    def align_kept(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Events are ranks; the smaller vocabulary has probability 0 at the ranks that it lacks."""
+        student_logp_NV = student_logp_NV.sort(dim=-1, descending=True, stable=True).values
         ranks, skipped_N1 = max(student_logp_NV.shape[1], self.logp_NV.shape[1]), ~self.compared_N[:, None]
         student_NE, teacher_NE = (
             functional.pad(logp_NV, (0, ranks - logp_NV.shape[1]), value=LOWEST).masked_fill(skipped_N1, LOWEST)
             for logp_NV in (student_logp_NV, self.logp_NV.to(student_logp_NV))
         )
         return student_NE, teacher_NE
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Probabilities of groups of tokens that divide the vocabularies of a student and of its teacher.
+
+    logp_NE     the teacher's log-prob of each group
+    group_V     group of each of the student's tokens
+    compared_N  whether the row is compared; the divergence of the others is 0
+    """
+
+    logp_NE: Tensor
+    group_V: Tensor
+    compared_N: Tensor
+
+    def __len__(self) -> int:
+        return self.logp_NE.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logp_NE.device
+
+    def rows(self, start: int, stop: int) -> Grouped:
+        return Grouped(self.logp_NE[start:stop], self.group_V, self.compared_N[start:stop])
+
+    def materialize(self) -> Grouped:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        student_NE = group_logp(student_logp_NV, self.group_V, self.logp_NE.shape[1])
+        skipped_N1 = ~self.compared_N[:, None]
+        return student_NE.masked_fill(skipped_N1, LOWEST), self.logp_NE.to(student_NE).masked_fill(skipped_N1, LOWEST)
+
+    def top_k(self, k: int) -> TopK:
+        """Keep the k most probable groups and merge the others into the tail."""
+        kept = self.logp_NE.topk(min(k, self.logp_NE.shape[1]), dim=-1)
+        return TopK(kept.indices, kept.values, self.compared_N * kept.values.shape[1], self.group_V)
 
 
 @dataclass(frozen=True)
@@ -209,7 +241,7 @@ class SpanLogp:
     of that token.
 
     logp_N  natural log, at the sampling temperature
-    size_N  number of the student's tokens in the token's span; 0 where the tokenizations do not agree, which is not compared
+    size_N  number of the student's tokens in the token's span; -1 where the tokenizations do not agree, which is not compared
     """
 
     logp_N: Tensor
@@ -231,7 +263,7 @@ class SpanLogp:
         teacher_logp_C = own_logp_R.new_zeros(len(pairs)).index_add_(
             0, other_span_R, teacher_logp_M[: len(other_span_R)].to(own_logp_R)
         )
-        logp_N, size_N = torch.zeros_like(student_logp_N), torch.zeros_like(student_logp_N, dtype=torch.long)
+        logp_N, size_N = torch.zeros_like(student_logp_N), torch.full_like(student_logp_N, -1, dtype=torch.long)
         # In a span of one token the bracket is exactly 0, so it has the teacher's number to the bit.
         logp_N[:read] = teacher_logp_C[own_span_R] - (own_logp_C[own_span_R] - own_logp_R)
         size_N[:read] = own_C[own_span_R]
@@ -260,12 +292,20 @@ class SpanLogp:
         return (student_logp_N - teacher_logp_N) / self.size_N.clamp_min(1), teacher_logp_N
 
 
-Known = Exact | ExactGain | TopK | Sorted | SpanLogp
+Known = Exact | ExactGain | TopK | Grouped | Sorted | SpanLogp
 """The materialized forms."""
 
 
 TAIL_FLOOR = 1e-7
 """float32 cannot tell a smaller tail from rounding; both sides get the same floor, so equality still gives zero."""
+GROUP_FLOOR = 1e-30
+"""Least probability of a group: a group is a sum, which rounds relative to itself."""
+
+
+def group_logp(logp_NV: Tensor, group_V: Tensor, groups: int) -> Tensor:
+    """Log of the summed probabilities of each group: (N, V), (V,) -> (N, groups), at least log GROUP_FLOOR."""
+    p_NE = logp_NV.new_zeros(len(logp_NV), groups).index_add(1, group_V, logp_NV.exp())
+    return p_NE.clamp_min(GROUP_FLOOR).log()
 
 
 def _with_tail(logp_NK: Tensor) -> Tensor:

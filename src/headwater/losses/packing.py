@@ -10,12 +10,24 @@ once, and its keys and values are gathered for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from headwater.devices import to_device
+
+try:
+    from torch.nn.attention import varlen as torch_varlen
+except ImportError:  # torch before 2.10
+    torch_varlen = None  # type: ignore[assignment]
+
+VARLEN: Callable[..., Any] | None = None if torch_varlen is None else torch_varlen.varlen_attn
 
 MAX_WASTE = 1 << 20
 """Attention scores that padding may add to a block before a new block is started: about the cost of starting one."""
@@ -27,6 +39,7 @@ class Packing:
 
     position_1L     each token's position in its own sequence
     blocks          (rows, width) of each block, in order
+    block_row_starts  slot at which each row of a block begins, and M
     to_blocks_M     index of the packed token in each slot; padding repeats some token, whose result is unused
     from_blocks_L   index of the slot that holds each packed token's own result
     start_B         packed index of each sequence's first completion token; its completion follows in order
@@ -35,6 +48,7 @@ class Packing:
 
     position_1L: Tensor
     blocks: tuple[tuple[int, int], ...]
+    block_row_starts: Tensor
     to_blocks_M: Tensor
     from_blocks_L: Tensor
     start_B: tuple[int, ...]
@@ -78,14 +92,21 @@ def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], device: t
             offset += width
         blocks.append((len(members), width))
     packing = Packing(
-        position_1L=torch.tensor([positions], device=device),
+        position_1L=to_device(torch.tensor([positions]), device),
         blocks=tuple(blocks),
-        to_blocks_M=torch.cat(to_blocks).to(device),
-        from_blocks_L=from_blocks.to(device),
+        block_row_starts=to_device(_row_starts(blocks), device),
+        to_blocks_M=to_device(torch.cat(to_blocks), device),
+        from_blocks_L=to_device(from_blocks, device),
         start_B=tuple(starts),
         prompt_end_B=tuple(prompt_start[prompt] + len(prompt) - 1 for prompt, _ in sequences),
     )
-    return torch.tensor([ids], device=device), packing
+    return to_device(torch.tensor([ids]), device), packing
+
+
+def _row_starts(blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """First slot of each row of the blocks, and the number of slots: int32. Example: blocks (2, 3), (1, 5) give 0 3 6 11."""
+    widths = [width for rows, width in blocks for _ in range(rows)]
+    return torch.tensor([0, *accumulate(widths)], dtype=torch.int32)
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -103,22 +124,56 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def packed_attention(packing: Packing, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention within each sequence: query (1, heads, L, D) -> (1, L, heads, D)."""
-    heads = [tensor.shape[1] for tensor in (query, key, value)]
-    slots = [gather_rows(tensor[0].transpose(0, 1).flatten(1), packing.to_blocks_M) for tensor in (query, key, value)]
+    """Causal attention within each sequence: query (1, heads, L, D) -> (1, L, heads, D).
+
+    On a GPU in half precision torch's varlen kernel does it in one call, where torch has it; else one call for each block.
+    """
+    if query.device.type == "cuda" and torch.is_autocast_enabled("cuda"):  # which casts for neither indexing nor varlen
+        query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
+    heads = [part.shape[1] for part in (query, key, value)]
+    slots = [gather_rows(part[0].transpose(0, 1).flatten(1), packing.to_blocks_M) for part in (query, key, value)]
+    q_MHD, k_MKD, v_MKD = (part.unflatten(1, (count, -1)) for part, count in zip(slots, heads, strict=True))
+    if VARLEN is not None and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        output_MHD = varlen_attention(VARLEN, packing, q_MHD, k_MKD, v_MKD, scaling)
+    else:
+        output_MHD = block_attention(packing, q_MHD, k_MKD, v_MKD, scaling)
+    output_LE = gather_rows(output_MHD.flatten(1), packing.from_blocks_L)
+    return output_LE.view(1, len(packing.from_blocks_L), heads[0], -1)
+
+
+def block_attention(packing: Packing, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention within each row of the blocks, (M, heads, D), by torch's dense attention of one block after the other."""
     outputs, start = [], 0
     for rows, width in packing.blocks:
         q, k, v = (
-            tensor[start : start + rows * width].view(rows, width, count, -1).transpose(1, 2)
-            for tensor, count in zip(slots, heads, strict=True)
+            part[start : start + rows * width].unflatten(0, (rows, width)).transpose(1, 2)
+            for part in (q_MHD, k_MKD, v_MKD)
         )
         out = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=heads[0] != heads[1]
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out.transpose(1, 2).reshape(rows * width, -1))
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
         start += rows * width
-    output_ME = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return gather_rows(output_ME, packing.from_blocks_L).view(1, len(packing.from_blocks_L), heads[0], -1)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def varlen_attention(
+    varlen: Callable[..., Any], packing: Packing, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, scaling: float | None
+) -> Tensor:
+    """The same by torch's varlen attention, whose arguments differ between versions of torch."""
+    known, group = inspect.signature(varlen).parameters, q_MHD.shape[1] // k_MKD.shape[1]
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if group > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif group > 1:
+        k_MKD, v_MKD = (part.repeat_interleave(group, dim=1) for part in (k_MKD, v_MKD))
+    if scaling is not None and "scale" in known:
+        options["scale"] = scaling
+    elif scaling is not None:
+        q_MHD = q_MHD * (scaling * q_MHD.shape[-1] ** 0.5)
+    starts, longest = packing.block_row_starts, max(width for _, width in packing.blocks)
+    output_MHD: Tensor = varlen(q_MHD, k_MKD, v_MKD, starts, starts, longest, longest, **options)
+    return output_MHD
 
 
 def gather_rows(x_LE: Tensor, index_M: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from headwater.models.resource_limits import layout_limits
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
-from headwater.models.untrusted_tokenizer import problem_of_tokenizer
+from headwater.models.untrusted_tokenizer import CONVERTED, FILES, problem_of_tokenizer
 from headwater.models.weight_files import WeightFiles
 from headwater.storage import hub
 
@@ -212,10 +212,16 @@ class ModelFolder:
         if path.is_relative_to(str(files("headwater"))):
             return None  # shipped with the package
         if not path.is_dir():
-            cached = (
-                cached_file(self.tokenizer_path, name, _raise_exceptions_for_missing_entries=False)
-                for name in ("tokenizer.json", "tokenizer_config.json")
-            )
+            # All of them, before transformers fetches and opens them: the check reads what is in the cache.
+            cached = [
+                cached_file(
+                    self.tokenizer_path,
+                    name,
+                    _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )
+                for name in (*FILES, *CONVERTED)
+            ]
             file = next((file for file in cached if file is not None), None)
             return None if file is None else problem_of_tokenizer(Path(file).parent, None)
         tensors = WeightFiles(Path(base.path), base.field, base.name).tensors.values() if base.is_local else ()

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from headwater import seeds
-from headwater.config.recipe import Prompt
+from headwater.config.prompt import Prompt
 from headwater.errors import UserError, error_text
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.models.untrusted_files import as_user_error
@@ -173,6 +173,20 @@ def render_chat(
         remedy = "; change these turns, prompt.system or the chat template" if type(error) is TemplateError else ""
         raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail}){remedy}") from None
     return text
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes after an assistant's turn, if there is one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
+    try:
+        after = render_chat(tokenizer, turns, "an assistant's turn", {}).rpartition("=7")[2].lstrip()[:1000]
+    except UserError:  # not every template takes such a turn; prompts of the problems have a check of their own
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def _named(tokenizer: Any, part: str) -> str:

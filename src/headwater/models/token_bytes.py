@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from headwater.errors import UserError
 from headwater.losses.alignment import Spans, align
+from headwater.models.prompts import turn_end
+from headwater.types import Rollout
 
 MARK = b"\xff"
 """Begins the bytes of a special token: no UTF-8 text holds it, so special tokens equal one another only, never a text."""
@@ -40,6 +43,16 @@ class TokenBytes:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     end_id: int
+
+    @staticmethod
+    def of(tokenizer: Any, stop_ids: tuple[int, ...]) -> TokenBytes:
+        """The end of a turn is what the chat template writes after one; else the tokenizer's EOS; else the first stop id."""
+        for id_ in (turn_end(tokenizer), getattr(tokenizer, "eos_token_id", None)):
+            if id_ is not None and id_ in stop_ids:
+                return TokenBytes(tokenizer, stop_ids, id_)
+        if not stop_ids:
+            raise UserError(f"{getattr(tokenizer, 'name_or_path', '') or 'a tokenizer'}: no id ends a completion")
+        return TokenBytes(tokenizer, stop_ids, stop_ids[0])
 
     @cached_property
     def table(self) -> Mapping[int, bytes]:
@@ -120,11 +133,39 @@ class TokenBytes:
         return ids, align(pieces, self.pieces(ids))
 
 
-def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of the tokens with equal bytes: (the student's, the teacher's), in the order of the student's ids."""
-    common = student.ids.keys() & teacher.ids.keys()
-    pairs = sorted((student.ids[piece], teacher.ids[piece]) for piece in common if piece)
-    return tuple(own for own, _ in pairs), tuple(other for _, other in pairs)
+@dataclass(frozen=True)
+class TokenPair:
+    """Tokenizers of a student and of its teacher."""
+
+    student: TokenBytes
+    teacher: TokenBytes
+
+    def to_teacher(self, rollout: Rollout) -> tuple[tuple[int, ...], Spans]:
+        """A completion in the teacher's ids, and the common spans of (student, teacher). At least one id, also where none agrees."""
+        pieces = self.student.pieces(rollout.completion_ids)
+        if rollout.teacher_ids:
+            return rollout.teacher_ids, align(pieces, self.teacher.pieces(rollout.teacher_ids))
+        ids, spans = self.teacher.translate(pieces)
+        return ids or (self.teacher.end_id,), spans
+
+    def to_student(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> Rollout:
+        """A rollout of the teacher in the student's ids, up to the first byte that they do not give back.
+
+        The log-prob of a span is divided equally among its tokens. Where nothing is given back, an end alone is left.
+        """
+        ids, spans = self.student.translate(self.teacher.pieces(rollout.completion_ids))
+        read = spans.first_read
+        logp: list[float] = []
+        for own, other in spans.pairs():
+            logp += [sum(rollout.sampler_logp[i] for i in own) / len(other)] * len(other)
+        return replace(
+            rollout,
+            prompt_ids=prompt_ids,
+            completion_ids=ids[: len(logp)] if read else (self.student.end_id,),
+            sampler_logp=tuple(logp) if read else (0.0,),
+            finish=rollout.finish if read == len(rollout.completion_ids) else "length",
+            teacher_ids=rollout.completion_ids[:read],
+        )
 
 
 def same_tokens(student: TokenBytes, teacher: TokenBytes) -> bool:
@@ -135,7 +176,10 @@ def same_tokens(student: TokenBytes, teacher: TokenBytes) -> bool:
 def _backend(tokenizer: Any) -> str | int:
     """All that decides how a text is divided; of a tokenizer without a description, its identity."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return id(tokenizer) if backend is None else str(backend.to_str())
+    if backend is None:
+        return id(tokenizer)
+    parts = json.loads(backend.to_str())
+    return json.dumps([parts.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")])
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

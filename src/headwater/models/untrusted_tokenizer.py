@@ -36,6 +36,8 @@ CHILD_SECONDS, CHILD_WALL_SECONDS, CHILD_MEGABYTES = 20, 120.0, 2048
 """Limits of the process that opens an unusual tokenizer: processor time, time, and memory beyond what the packages take."""
 MAX_PARTS, MAX_ADDED_CHARACTERS = 10_000, 1 << 20
 """Largest number of JSON objects in a section, and of characters of all added tokens together."""
+MAX_SPECIAL = 50_000
+"""Most special tokens in a list: transformers takes 0.6 s for 10,000, and 25 times that for these."""
 MAX_WORD = 1000
 """Largest word that a WordPiece model splits; BERT's is 100."""
 ORDINARY_PARTS, ORDINARY_TEXT = 300, 600
@@ -81,6 +83,9 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
         keys = (key for part in _parts(values.get(name)) for key in part)
         if any(map(CONTROL_CHARACTERS.search, keys)):  # native code prints the names of settings that it does not know
             return f"{name} holds a name with control characters"
+        lists = (value for part in _parts(values.get(name)) for value in part.values() if isinstance(value, list))
+        if max(map(len, lists), default=0) > MAX_SPECIAL:
+            return f"{name} lists over {MAX_SPECIAL:,} special tokens, which are added in time that grows with their square"
     for name, value in values.items():
         largest = max(_ids(name, value), default=0)
         if largest >= limit:

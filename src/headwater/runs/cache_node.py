@@ -13,8 +13,8 @@ from headwater.storage import fault_points
 from headwater.storage.files import keep_rows
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import atomic_folder
-from headwater.teachers.build import Teacher
 from headwater.teachers.cache import read_rollouts, refuse_huge_cache, write_distributions, write_rollouts
+from headwater.teachers.translated import Supervisor
 from headwater.training.evaluate import refuse_nan
 from headwater.training.rollouts import epoch_order
 from headwater.types import Rollout
@@ -29,7 +29,7 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
     assert node.settings is not None and node.pool is not None
     started, settings, folder = time.perf_counter(), node.settings, context.node_dir(node)
     kept = kept_rollouts(node, context)
-    teacher = context.frozen(node.start, settings)
+    teacher = context.teacher(node.start, node)
     requests = missing_requests(node, context, teacher, kept)
     # A cache that is repaired after its last use needs its rollouts only, which the report reads.
     score = context.inputs.recipe.compute.keep_checkpoints or context.plan.cached_rollouts(node, context.out) > 0
@@ -80,10 +80,10 @@ def kept_rollouts(node: Node, context: NodeContext) -> list[Rollout]:
     return []
 
 
-def missing_requests(node: Node, context: NodeContext, teacher: Teacher, kept: list[Rollout]) -> list[Request]:
+def missing_requests(node: Node, context: NodeContext, teacher: Supervisor, kept: list[Rollout]) -> list[Request]:
     """Requests for the rollouts that the plan's stages read and the cache does not hold, in the order of the prompts."""
     assert node.settings is not None and node.pool is not None
-    prompter, inputs = context.prompter(teacher), context.inputs
+    prompter, inputs = context.prompter(node, teacher), context.inputs
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in inputs.prompts(node.pool, node.settings)]
     requests = requests_for(prompts, node.settings.group_size, 0, node.seed, node.stage)
     read = sorted(epoch_order(len(requests), node.seed, 0)[: context.plan.cached_rollouts(node)])

@@ -15,7 +15,7 @@ from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.memory_estimate import pass_bytes, persistent_bytes
-from headwater.runs.plan import Node, Plan, Role, scorers, supervisor
+from headwater.runs.plan import Node, Plan, Role, base_of, scorers, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
 from headwater.training.conditions import Schedule
@@ -127,13 +127,6 @@ def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
     prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
     lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
     return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
-
-
-def base_of(source: Role | Node) -> Role:
-    """The base model whose shape a node's weights have."""
-    while isinstance(source, Node):
-        source = source.start
-    return source
 
 
 @dataclass(frozen=True)

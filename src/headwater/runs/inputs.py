@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,11 @@ from headwater.config.arm import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
 from headwater.data.columns import FURTHER_ANSWER_COLUMNS
-from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, select_labels
 from headwater.data.rows import no_such_file
-from headwater.data.sources import LoadedProblems, load, without_leaks
+from headwater.data.sources import LoadedProblems, leak_row, load, without_leaks
 from headwater.errors import UserError
+from headwater.models.device import device_of
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.shape import Shape
@@ -286,8 +286,18 @@ class RunInputs:
         """The model's tokenizer; of a served teacher, its server's."""
         _, name = self.field_and_name(role)
         if is_served(name):
-            return ServedTokenizer(self.server(role))
+            local = self.served_tokenizer
+            return ServedTokenizer(self.server(role)) if local is None else local.tokenizer
         return self._loadable(role).tokenizer
+
+    @property
+    @read_once("tokenizer")
+    def served_tokenizer(self) -> ModelFolder | None:
+        """Folder of a served teacher's tokenizer, where it is not the student's."""
+        models = self.recipe.models
+        if models.teacher_tokenizer is None:
+            return None
+        return ModelFolder.open(models.teacher_tokenizer, "models.teacher_tokenizer", models.trust_remote_code)
 
     def _loadable(self, role: str) -> ModelFolder:
         """The files of a role's model; an unreachable hub is reported once, and not as damage to each file."""
@@ -296,9 +306,10 @@ class RunInputs:
             self.weights_path(role)
         return folder
 
-    def prompter(self, tokenizer: Any) -> Prompter:
-        """Renders this run's problems with a model's tokenizer."""
-        return Prompter(tokenizer, self.recipe.prompt, self.day)
+    def prompter(self, tokenizer: Any, role: str = "student") -> Prompter:
+        """Renders this run's problems with a model's tokenizer, in the words of its role."""
+        prompt = self.recipe.prompt
+        return Prompter(tokenizer, prompt if role == "student" else prompt.of_teacher, self.day)
 
     @read_once("tokenizer")
     def template_day(self, role: str) -> str | None:
@@ -386,14 +397,3 @@ def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem]
 
 def _graded(problems: Sequence[Problem], labels: Labels) -> list[str]:
     return [labels.fingerprint(), *(problem.id for problem in problems)]
-
-
-def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:
-    return {"data": source, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}
-
-
-def device_of(name: str) -> torch.device:
-    """Raises UserError when a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device: cuda was asked for, but no CUDA device is available")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

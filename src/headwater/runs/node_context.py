@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from headwater.config.stage import Stage
@@ -18,7 +19,8 @@ from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role
+from headwater.runs.plan import Node, Plan, Role, base_of
+from headwater.runs.tokenizers import token_pair
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
 from headwater.storage.ledger import Purpose, Spend
@@ -30,11 +32,12 @@ from headwater.teachers.build import (
     offload_if_configured,
     sampler_for,
 )
+from headwater.teachers.translated import Supervisor, TranslatedTeacher, form_of
 from headwater.training.evaluate import evaluate
 from headwater.types import Problem
 
-LoadFrozen = Callable[[Role | Node], Teacher]
-"""Memoized loader of the frozen models that a stage queries: `NodeContext.frozen`, cached while the stage runs."""
+LoadTeacher = Callable[[Role | Node], Supervisor]
+"""Memoized loader of the frozen models that a stage queries: `NodeContext.teacher`, cached while the stage runs."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,26 @@ class NodeContext:
             return offload_if_configured(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
         return load_base_teacher(inputs.recipe, stage, inputs.all_problems, inputs.sampler, inputs.device, self.ranks)
 
+    def teacher(self, source: Role | Node, node: Node) -> Supervisor:
+        """Load a model that supervises a node's stage. It reads words and token ids of its own where the recipe gives it some."""
+        assert node.settings is not None
+        inputs, model = self.inputs, self.frozen(source, node.settings)
+        own_words = inputs.recipe.prompt.teacher is not None and node.learner == "student"
+        if not (own_words or node.aligns_tokenizers):
+            return model
+        pair = token_pair(inputs, node.learner, base_of(source)) if node.aligns_tokenizers else None
+        prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
+        width = int(inputs.config(node.learner).get_text_config().vocab_size)
+        return TranslatedTeacher(
+            model=model,
+            prompt_ids=cache(lambda name: prompter.ids(problems[name])),
+            pair=pair,
+            form=form_of(node.settings.dense),
+            tokenizer=inputs.tokenizer(node.learner),
+            vocabulary=model.vocabulary if pair is None else width,
+            make_sampler=inputs.sampler,
+        )
+
     def trainee(self, node: Node) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""
         settings = node.lora(self.inputs.recipe)
@@ -99,11 +122,12 @@ class NodeContext:
         """Training FLOPs of a finished node, from its ledger."""
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
-    def sampler(self, policy: Teacher) -> Sampler:
-        return sampler_for(policy, self.inputs.sampler)
+    def sampler(self, policy: Supervisor) -> Sampler:
+        return policy if isinstance(policy, TranslatedTeacher) else sampler_for(policy, self.inputs.sampler)
 
-    def prompter(self, policy: Teacher) -> Prompter:
-        return self.inputs.prompter(policy.tokenizer)
+    def prompter(self, node: Node, policy: Supervisor) -> Prompter:
+        """Renders the prompts of a node's rollouts, in the words of its learner."""
+        return self.inputs.prompter(policy.tokenizer, node.learner)
 
     def grade_held_out(
         self,
@@ -123,7 +147,7 @@ class NodeContext:
         with after_step(step):
             rows, cost = evaluate(
                 self.sampler(policy),
-                self.prompter(policy),
+                self.prompter(node, policy),
                 problems,
                 labels,
                 self.inputs.recipe.evaluate,

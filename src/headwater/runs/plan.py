@@ -52,6 +52,18 @@ class Node:
         return self.inputs + (self.compute or ())
 
     @property
+    def learner(self) -> Role:
+        """The role whose token ids its rollouts are in: its own, or of a teacher's cached rollouts that of their reader."""
+        if self.kind != "rollouts":
+            return self.role
+        return "student" if self.role == "teacher" else "teacher"
+
+    @property
+    def aligns_tokenizers(self) -> bool:
+        """Whether its teacher may have another tokenizer than its learner."""
+        return self.settings is not None and self.settings.needs_teacher and self.settings.dense.tokenizers != "same"
+
+    @property
     def weights(self) -> Role | Node:
         """The model that it evaluates: its own when it trains."""
         return self if self.kind == "train" else self.start
@@ -91,6 +103,13 @@ def _post_order(node: Node, parents: Callable[[Node], tuple[Node, ...]]) -> Iter
             yield node
 
     yield from visit(node)
+
+
+def base_of(source: Role | Node) -> Role:
+    """The base model whose shape a node's weights have."""
+    while isinstance(source, Node):
+        source = source.start
+    return source
 
 
 def supervisor(node: Node) -> Role | Node | None:
@@ -300,6 +319,16 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
             fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
     if node.kind == "train" and stage and stage.spec.loss is not None:
         fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
+    if (
+        node.aligns_tokenizers
+    ):  # the rollouts of a cache are in the ids of their reader, and the form decides what it holds
+        assert stage is not None
+        fields["aligned"] = [
+            of(node.learner),
+            stage.dense.tokenizers,
+            stage.dense.divergence,
+            recipe.models.teacher_tokenizer,
+        ]
     if "day" in content and (day := content["day"](node.role)) is not None:
         fields["day"] = day
     if lora is not None:

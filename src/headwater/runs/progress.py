@@ -136,10 +136,10 @@ def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDi
             def tell(group: str, part: str) -> None:
                 nonlocal last_group
                 bars.update(shown, description=f"{title}: {part}")
+                if group != last_group:
+                    say(f"{title}: {group} …")
                 if to_log and log_parts:
-                    say(f"{title} {group}: {part}")
-                elif group != last_group:
-                    say(f"{title} {group} …")
+                    say(f"{title}: {part}")
                 last_group = group
 
             yield tell

@@ -62,12 +62,15 @@ def read_once(part: Part) -> Callable[[Callable[Concatenate[S, P], T]], Callable
     return decorate
 
 
-SIZED = ("decontaminated", "evals", "pools", "labels", "grader")
-"""What a limit or the label budget decides, and the grader, which is closed with its inputs."""
+SIZED = ("decontaminated", "evals", "pools", "labels")
+"""What a limit or the label budget decides."""
 
 
 def resized(inputs: S, recipe: Any) -> S:
-    """The same inputs for a recipe that differs in limits, the label budget and sizes of stages; what is read already is kept."""
+    """The same inputs for a recipe that differs in limits, the label budget and sizes of stages; what is read already is kept.
+
+    They share the grader, which the first of them closes.
+    """
 
     def kept(key: Hashable) -> bool:
         method = key[0] if isinstance(key, tuple) else key

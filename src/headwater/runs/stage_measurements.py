@@ -9,13 +9,13 @@ from functools import cached_property
 
 from headwater.models.policy import Policy
 from headwater.runs.estimate import condition_schedule
-from headwater.runs.node_context import LoadFrozen, NodeContext, after_step
+from headwater.runs.node_context import LoadTeacher, NodeContext, after_step
 from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import append_jsonl, read_jsonl
-from headwater.teachers.build import Teacher
+from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training import conditions
 from headwater.training.conditions import Schedule
 from headwater.training.evaluate import refuse_nan
@@ -30,13 +30,13 @@ NOTABLE_SHARE = 0.1
 class StageMeasurements:
     """Measures the policy between the steps of one stage.
 
-    load_frozen  loads the stage's teacher, which the stage itself may query too
+    load_teacher  loads the stage's teacher, which the stage itself may query too
     """
 
     node: Node
     context: NodeContext
     policy: Policy
-    load_frozen: LoadFrozen
+    load_teacher: LoadTeacher
 
     def condition_c2(self, step: int, last: bool) -> None:
         """Write a row of conditions.jsonl at the first and the last step and every `conditions.every` steps, unless it is there.
@@ -138,19 +138,21 @@ class StageMeasurements:
         return self.context.inputs.condition_problems[: self._schedule.problems]
 
     @cached_property
-    def _teacher(self) -> tuple[Teacher, list[Rollout]]:
+    def _teacher(self) -> tuple[Supervisor, list[Rollout]]:
         """The stage's teacher and its rollouts, sampled once."""
         source = supervisor(self.node)
         assert source is not None
-        teacher = self.load_frozen(source)
+        teacher = self.load_teacher(source)
+        if isinstance(teacher, TranslatedTeacher):  # whatever the loss compares, C2 is a KL
+            teacher = replace(teacher, form="shared" if teacher.form == "shared" else "prefix")
         return teacher, self._sample(teacher, "teacher")
 
     @cached_property
     def _prompts(self) -> list[tuple[str, tuple[int, ...]]]:
-        prompter = self.context.prompter(self.policy)
+        prompter = self.context.prompter(self.node, self.policy)
         return [(problem.id, prompter.ids(problem)) for problem in self._problems]
 
-    def _sample(self, model: Teacher, *draw: str | int) -> list[Rollout]:
+    def _sample(self, model: Supervisor, *draw: str | int) -> list[Rollout]:
         assert self.node.settings is not None
         requests = requests_for(self._prompts, 1, 0, self.node.seed, "conditions", *draw)
         check_stop = self.context.progress.check_stop

@@ -17,7 +17,7 @@ from headwater.models.prompts import Prompter
 from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals, start_final_evaluation
-from headwater.runs.node_context import LoadFrozen, NodeContext
+from headwater.runs.node_context import LoadTeacher, NodeContext
 from headwater.runs.plan import Node, scorers
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.build import importance_cap
@@ -25,9 +25,9 @@ from headwater.storage import fault_points
 from headwater.storage.files import Logs
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, read_jsonl
-from headwater.teachers.build import Teacher
 from headwater.teachers.cache import read_cache
 from headwater.teachers.composed import ComposedTeacher, gain, product
+from headwater.teachers.translated import Supervisor
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.training.early_stopping import PlateauMonitor
@@ -79,9 +79,9 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     assert node.settings is not None
     stage, recipe, folder, progress = node.settings, context.inputs.recipe, context.node_dir(node), context.progress
     objective = objective_of(stage, importance_cap(recipe))
-    load_frozen: LoadFrozen = cache(partial(context.frozen, stage=stage))
-    source = rollout_source(node, context, policy, objective, load_frozen)
-    measurements = StageMeasurements(node, context, policy, load_frozen)
+    load_teacher: LoadTeacher = cache(partial(context.teacher, node=node))
+    source = rollout_source(node, context, policy, objective, load_teacher)
+    measurements = StageMeasurements(node, context, policy, load_teacher)
     optimizer = make_optimizer(policy, stage.optim)
     done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks)
     fault_points.failpoint("stage.loaded")
@@ -160,7 +160,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
 
 
 def rollout_source(
-    node: Node, context: NodeContext, policy: Policy, objective: Objective, load_frozen: LoadFrozen
+    node: Node, context: NodeContext, policy: Policy, objective: Objective, load_teacher: LoadTeacher
 ) -> Source:
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
     assert node.settings is not None and node.pool is not None
@@ -172,8 +172,8 @@ def rollout_source(
         prompts = inputs.prompts(node.pool, stage)
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
     reference = context.reference(node, policy) if uses_reference(node, objective) else None
-    teacher = stage_teacher(node, policy, reference, load_frozen) if "teacher" in objective.signals else None
-    prompter = context.prompter(policy)
+    teacher = stage_teacher(node, policy, reference, load_teacher) if "teacher" in objective.signals else None
+    prompter = context.prompter(node, policy)
     prompts = inputs.prompts(node.pool, stage)
     if stage.grades_spent_labels:
         spent = spent_labels(node, context)
@@ -214,14 +214,14 @@ def uses_reference(node: Node, objective: Objective) -> bool:
 
 
 def stage_teacher(
-    node: Node, policy: Policy, reference: Policy | None, load_frozen: LoadFrozen
-) -> Teacher | ComposedTeacher | None:
+    node: Node, policy: Policy, reference: Policy | None, load_teacher: LoadTeacher
+) -> Supervisor | ComposedTeacher | None:
     """The model that scores a stage's rollouts, or the combination of several; None without one.
 
     Raises UserError where vocabularies have different widths.
     """
     sources = scorers(node)
-    models = [reference if source == node.start else load_frozen(source) for source in sources]
+    models = [reference if source == node.start else load_teacher(source) for source in sources]
     loaded = tuple(model for model in models if model is not None)
     for model in loaded:
         refuse_different_widths(policy, model, ("models.student", "models.teacher"))
@@ -267,7 +267,7 @@ def update_flops(stage: Stage, objective: Objective, policy: Policy, rows: Seque
 
 def write_rollouts(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
     """Write the step's completions and verdicts; a few with the teacher's signal per token."""
-    folder, prompter, rows = context.node_dir(node), context.prompter(policy), result.batch.rows
+    folder, prompter, rows = context.node_dir(node), context.prompter(node, policy), result.batch.rows
     # Ranks exchange the signals; one that stopped may be alone.
     shown = token_signals.kept(rows) if objective.source == "policy" and result.stopped is None else []
     own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].local}

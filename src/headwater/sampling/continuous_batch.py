@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwater.devices import to_device
 from headwater.sampling.token_draws import named_uniforms
 
 
@@ -51,8 +52,9 @@ class ContinuousBatch:
         """Append one row for each request, with the uniform numbers of its RNG key."""
         slot_E = np.array([self.free_slots.pop() for _ in requests], dtype=np.int64)
         device = self.draws.device
-        slots = torch.from_numpy(slot_E).to(device)
-        self.draws.view(-1, self.limit)[slots] = torch.from_numpy(named_uniforms(self.limit, rng_keys)).to(device)
+        slots = to_device(torch.from_numpy(slot_E), device)
+        draws = to_device(torch.from_numpy(named_uniforms(self.limit, rng_keys)), device)
+        self.draws.view(-1, self.limit)[slots] = draws
         self.slot_A = np.concatenate([self.slot_A, slot_E])
         self.request_A = np.concatenate([self.request_A, np.array(requests, dtype=np.int64)])
         self.age_A = np.concatenate([self.age_A, np.zeros(len(requests), dtype=np.int64)])
@@ -105,6 +107,6 @@ class ContinuousBatch:
         kept = np.arange(count)
         kept[removed[:count]] = count + np.flatnonzero(~removed[count:])
         self.slot_A, self.request_A, self.age_A = self.slot_A[kept], self.request_A[kept], self.age_A[kept]
-        kept_K = torch.from_numpy(kept).to(self.write_A.device)
+        kept_K = to_device(torch.from_numpy(kept), self.write_A.device)
         self.write_A, self.token_A, self.stopped_A = self.write_A[kept_K], self.token_A[kept_K], self.stopped_A[kept_K]
         return kept.tolist()

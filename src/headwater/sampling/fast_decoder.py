@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headwater.devices import to_device
 from headwater.kernels import LANES, Kernels
 from headwater.models.policy import Policy
 from headwater.models.rope import refuse_mixed_lengths
@@ -109,7 +110,8 @@ class FastDecoder:
         del self.waiting[: len(pending)]
         lengths = list(map(len, prompts))
         width, device, pad_id = max(lengths), self.policy.device, self.policy.pad_id
-        ids_PT = torch.tensor([(*prompt, *(pad_id,) * (width - len(prompt))) for prompt in prompts]).to(device)
+        padded = [(*prompt, *(pad_id,) * (width - len(prompt))) for prompt in prompts]
+        ids_PT = to_device(torch.tensor(padded), device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         position_N = torch.arange(width, device=device).repeat(len(prompts))
@@ -129,7 +131,7 @@ class FastDecoder:
 
         x_NH = self._forward(ids_PT, attend)
         last = [row * width + length - 1 for row, length in enumerate(lengths)]
-        hidden_PH = self.weights.last_norm(x_NH.index_select(0, torch.tensor(last, device=device)))
+        hidden_PH = self.weights.last_norm(x_NH.index_select(0, to_device(torch.tensor(last), device)))
         return PrefilledPrompts(keys, values, hidden_PH, lengths, pending)
 
     def _torch_attention(self, window: int) -> Attention:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headwater.devices import to_device
+
 
 @dataclass(frozen=True)
 class PrefilledPrompts:
@@ -77,7 +79,7 @@ class KVCache:
     def insert(self, prefilled: PrefilledPrompts, prompts: Sequence[int]) -> Tensor:
         """Append one row for each of these prefilled prompts: their hidden states (E, H)."""
         device = self.position_S.device
-        prompt_E, length_E = torch.tensor([(row, prefilled.lengths[row]) for row in prompts], device=device).t()
+        prompt_E, length_E = to_device(torch.tensor([(row, prefilled.lengths[row]) for row in prompts]), device).t()
         rows = slice(len(self), len(self) + len(prompts))
         new_tensors = (*map(self._interleave, prefilled.keys), *prefilled.values)
         for cached, new in zip((*self.keys, *self.values), new_tensors, strict=True):
@@ -125,7 +127,7 @@ class KVCache:
         """Reorder the rows: new row i is old row rows[i]; all other rows are dropped."""
         moved = [(source, target) for target, source in enumerate(rows) if source != target]
         if moved:
-            source_M, target_M = torch.tensor(moved, device=self.position_S.device).t()
+            source_M, target_M = to_device(torch.tensor(moved), self.position_S.device).t()
             # Copy whole rows, so that nothing of a removed row remains.
             for tensor in (*self.keys, *self.values, self.bias_SKT, self.position_S):
                 tensor.index_copy_(0, target_M, tensor.index_select(0, source_M))

@@ -26,10 +26,11 @@ DESCRIPTIONS: Mapping[Outcome, str] = {
     "right": "were right",
 }
 REMEDIES: Mapping[Outcome, str] = {
-    "cut": "raise {stage}.sampling.max_tokens, or check the model's stop ids and chat template if its answers never end",
+    "cut": "raise {stage}.sampling.max_tokens or, if the answers never end, lower {stage}.sampling.temperature or check stop ids and "
+    "chat template",
     "no_answer": "ask for the form of the answer in prompt.template or prompt.system (docs/tasks.md), or use another task or model",
     "ungraded": "see `reason` in the rollout files: raise compute.grader_seconds, or check the answers with `headwater validate`",
-    "wrong": "use easier problems, a stronger model or a larger {stage}.group_size",
+    "wrong": "use easier problems, a stronger model, a lower {stage}.sampling.temperature or a larger {stage}.group_size",
     "right": "use harder problems: the model solves these already",
 }
 

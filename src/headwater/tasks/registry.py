@@ -18,6 +18,7 @@ from headwater.tasks import (
     python_tests,
     regex,
     sandbox,
+    skills,
     sums,
     word_problems,
 )
@@ -94,6 +95,14 @@ TASKS: dict[str, Task] = {
         bounded=False,
         as_completion=lambda gold: f"={gold}",
         generator=Generator(sums.generate, sums.SumsDials),
+    ),
+    "skills": Task(
+        "skills",
+        skills.grade,
+        _after_equals,
+        bounded=False,
+        as_completion=lambda gold: f"={gold}",
+        generator=Generator(skills.generate, skills.SkillsDials),
     ),
     "countdown": Task(
         "countdown",

@@ -231,9 +231,10 @@ def is_single_local_model(recipe: Recipe) -> bool:
 
 def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
     served_model = server_client.connect(name, field, recipe.compute.server)
-    student = ModelFolder.open(recipe.models.student, "models.student", recipe.models.trust_remote_code)
-    width, top_k = int(student.config.get_text_config().vocab_size), top_k_of(stage) or 0
-    return ServedTeacher(served_model, student.tokenizer, width, student.stop_ids, device, top_k)
+    models, field_of_ids = recipe.models, "student" if recipe.models.teacher_tokenizer is None else "teacher_tokenizer"
+    folder = ModelFolder.open(getattr(models, field_of_ids), f"models.{field_of_ids}", models.trust_remote_code)
+    width, top_k = int(folder.config.get_text_config().vocab_size), top_k_of(stage) or 0
+    return ServedTeacher(served_model, folder.tokenizer, width, folder.stop_ids, device, top_k)
 
 
 def top_k_of(stage: Stage | None) -> int | None:

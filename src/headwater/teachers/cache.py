@@ -17,7 +17,7 @@ from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, concatenate, truncate_to_top_k
 from headwater.losses.logprobs import tokens_at_once
-from headwater.losses.materialized import Exact, Known, Sorted, TopK
+from headwater.losses.materialized import Exact, Grouped, Known, Sorted, TopK
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
@@ -28,6 +28,10 @@ from headwater.types import Rollout
 
 EXACT_CACHE_LIMIT = 64 << 30
 """Largest exact cache in bytes; a top-k cache is 100 to 1000 times smaller."""
+
+
+GROUPS = "group_of_token"
+"""Tensor of a cache of groups of tokens: the group of each of the student's tokens."""
 
 
 def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> None:
@@ -42,7 +46,13 @@ def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> N
 
 def write_rollouts(folder: Path, rollouts: Sequence[Rollout]) -> None:
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
-    lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
+    lines = [
+        json.dumps(
+            {key: getattr(rollout, key) for key in keys}
+            | ({"teacher_ids": rollout.teacher_ids} if rollout.teacher_ids else {})
+        )
+        for rollout in rollouts
+    ]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     fault_points.failpoint("cache.rollouts")
 
@@ -68,6 +78,7 @@ def write_distributions(
     """
     budget = BatchBudget(tokens)
     chunks: list[dict[str, Tensor]] = []
+    groups: dict[str, Tensor] = {}
     shard = teacher.ranks.shard(rollouts)
     for start in teacher.ranks.lockstep(range(0, len(shard), 64)):
         batch = [] if start is None else shard[start : start + 64]
@@ -77,6 +88,8 @@ def write_distributions(
         for row in range(0, len(distributions), size):
             block = distributions.rows(row, min(len(distributions), row + size)).materialize()
             chunks.append(_to_tensors(block, top_k, teacher.vocabulary))
+            if isinstance(block, (TopK, Grouped)) and block.group_V is not None:
+                groups = {GROUPS: block.group_V.cpu()}
         if progress is not None:
             progress(len(batch))
         fault_points.failpoint("cache.scored")
@@ -84,23 +97,24 @@ def write_distributions(
     if not teacher.ranks.is_main:
         return
     save_file(
-        {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]},
+        {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]} | groups,
         folder / DISTRIBUTIONS,
     )
     fault_points.failpoint("cache.written")
 
 
 def _to_tensors(block: Known, top_k: int | None, vocabulary: int) -> dict[str, Tensor]:
-    """Named tensors of distributions: `logp` alone (exact), with `compared` (sorted), or with ids and, where rows are partly filled,
-    `count` (top-k)."""
+    """Named tensors of distributions: `logp` alone (exact), with `compared` (sorted or grouped), or with ids and, where rows are partly
+    filled, `count` (top-k)."""
     if isinstance(block, Sorted):
         return {"logp": block.logp_NV.cpu(), "compared": block.compared_N.cpu()}
+    if isinstance(block, Grouped) and top_k is None:
+        return {"logp": block.logp_NE.cpu(), "compared": block.compared_N.cpu()}
     if isinstance(block, Exact) and top_k is None:
         return {"logp": block.logp_NV.cpu()}
-    kept = block if isinstance(block, TopK) and top_k is None else truncate_to_top_k(block, top_k or 1)
-    logp_NK = kept.logp_NK if top_k is None else kept.logp_NK.half()
+    kept = truncate_to_top_k(block, top_k or 1)
     count = {} if kept.count_N is None else {"count": kept.count_N.cpu().int()}
-    return {"logp": logp_NK.cpu(), **compact_ids.pack_ids(kept.ids_NK.cpu(), vocabulary), **count}
+    return {"logp": kept.logp_NK.half().cpu(), **compact_ids.pack_ids(kept.ids_NK.cpu(), vocabulary), **count}
 
 
 def read_cache(folder: Path) -> list[Row]:
@@ -117,14 +131,18 @@ def read_cache(folder: Path) -> list[Row]:
         )
     logps = stored["logp"].split(lengths)
     teachers: list[Distributions]
+    group_V = stored.pop(GROUPS, None)
     if len(stored) == 1:
         teachers = [Exact(logp) for logp in logps]
     elif "compared" in stored:
-        teachers = [Sorted(*pair) for pair in zip(logps, stored["compared"].split(lengths), strict=True)]
+        pairs = zip(logps, stored["compared"].split(lengths), strict=True)
+        teachers = [Sorted(logp, row) if group_V is None else Grouped(logp, group_V, row) for logp, row in pairs]
     else:
         kept = compact_ids.unpack_ids(stored).split(lengths)
         counts = stored["count"].split(lengths) if "count" in stored else [None] * len(lengths)
-        teachers = [TopK(ids, logp.float(), count) for ids, logp, count in zip(kept, logps, counts, strict=True)]
+        teachers = [
+            TopK(ids, logp.float(), count, group_V) for ids, logp, count in zip(kept, logps, counts, strict=True)
+        ]
     return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]
 
 

@@ -12,8 +12,8 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Composed, Distributions, Gain
 from headwater.models.shape import Shape
-from headwater.teachers.build import Teacher
 from headwater.teachers.scoring import distributions_of
+from headwater.teachers.translated import Supervisor
 from headwater.types import Rollout
 
 
@@ -24,7 +24,7 @@ class ComposedTeacher:
     combine  distributions of all models at a rollout's tokens -> the teacher's, `Composed` or `Gain`
     """
 
-    models: tuple[Teacher, ...]
+    models: tuple[Supervisor, ...]
     combine: Callable[[tuple[Distributions, ...]], Distributions]
 
     @property

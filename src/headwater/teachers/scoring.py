@@ -12,7 +12,8 @@ from torch import Tensor
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Batch, Row
 from headwater.losses.distributions import Distributions, FromHidden
-from headwater.losses.logprobs import token_stats
+from headwater.losses.logprobs import token_stats, tokens_at_once
+from headwater.losses.materialized import Exact, TopK
 from headwater.losses.token_stats import TokenInputs
 from headwater.models.fsdp import idle_pass, sharded_forward
 from headwater.models.policy import Policy
@@ -84,3 +85,20 @@ def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Te
         return token_stats(hidden, policy.logits, TokenInputs(targets_N, rollout.temperature)).logp_N
 
     return map_hidden(policy, rollouts, tokens, logp)
+
+
+@torch.no_grad()
+def token_logps(teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
+    """As `logp_of`, for any teacher; a server is asked for the sampled tokens alone if its `top_k` is 0."""
+    if isinstance(teacher, Policy):
+        return logp_of(teacher, rollouts, tokens)
+    size = tokens_at_once(teacher.vocabulary, teacher.device)
+    logps = []
+    for rollout, scored in zip(rollouts, teacher.distributions(rollouts, tokens), strict=True):
+        targets_N, parts = torch.tensor(rollout.completion_ids, device=teacher.device), []
+        for start in range(0, len(targets_N), size):
+            known = scored.rows(start, min(len(targets_N), start + size)).materialize()
+            assert isinstance(known, (Exact, TopK))
+            parts.append(known.token_logp(targets_N[start : start + size]))
+        logps.append(torch.cat(parts))
+    return logps

@@ -16,7 +16,7 @@ from torch import Tensor
 from headwater.losses import token_losses
 from headwater.losses.distributions import Distributions, concatenate
 from headwater.losses.logprobs import tokens_at_once
-from headwater.losses.materialized import Exact, TopK
+from headwater.losses.materialized import Exact, Grouped, TopK
 from headwater.models.fsdp import sharded_forward
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
@@ -130,7 +130,7 @@ def divergences(
         for start in range(0, len(hidden_NH), size):
             logits_NV = student.logits(hidden_NH[start : start + size]).float() / rollouts[0].temperature
             known = teacher_NV.rows(start, start + len(logits_NV)).materialize()
-            assert isinstance(known, (Exact, TopK))
+            assert isinstance(known, (Exact, TopK, Grouped))
             sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
         return sums
 

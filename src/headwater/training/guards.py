@@ -246,8 +246,8 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
     last = int(rows[-1]["step"])
     outcomes = stage.over(int(row["step"]) for row in rows)
     sentence = (
-        f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student that distils this teacher learns nothing from the "
-        f"labels: {outcomes.because(stage.max_tokens)}; {outcomes.remedy(stage.field)}"
+        f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student distils the teacher as it was before the labels: "
+        f"{outcomes.remedy(stage.field)}"
     )
     if guards.unchanged_teacher == "stop":
         return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it all the same)"

@@ -15,16 +15,17 @@ from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions
+from headwater.losses.distributions import Aligned, Distributions
+from headwater.losses.materialized import SpanLogp
 from headwater.losses.objectives import Objective
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.sampling.base import OnFinished, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
-from headwater.teachers.build import Teacher
 from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.scoring import distributions_of, logp_of
+from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training.evaluate import SamplingStoppedError, sample_and_grade
 from headwater.training.groups import (
     assign_to_ranks,
@@ -103,7 +104,7 @@ class PolicyRollouts:
     sampler: Sampler
     prompter: Prompter
     labels: Labels | None
-    teacher: Teacher | ComposedTeacher | None
+    teacher: Supervisor | ComposedTeacher | None
     reference: Policy | None
     budget: BatchBudget
     parts: int = 1
@@ -131,6 +132,8 @@ class PolicyRollouts:
         }
         if self.stage.length_schedule is not None:
             metrics["max_tokens"] = self.stage.sampling_at(step).max_tokens
+        if isinstance(self.teacher, TranslatedTeacher) and self.teacher.pair is not None:
+            metrics |= alignment_metrics(kept, self.policy.ranks)
         if self.labels is not None:
             group_size = self.stage.group_size
             groups = len(sampled) // group_size
@@ -228,3 +231,17 @@ class PolicyRollouts:
         student = self.policy if weights is not None and weights.soft_or is not None else None
         scorers = [scorer for scorer in (self.teacher, self.reference, student) if scorer is not None]
         return flops + sum(scorer.pass_flops(kept) for scorer in scorers)
+
+
+def alignment_metrics(rows: Sequence[Row], ranks: ProcessGroup) -> Metrics:
+    """Shares of the step's tokens: `compared` with a teacher of another tokenizer, and `unreadable`, which it does not give back."""
+    teachers = [row.teacher for row in rows if row.local]
+    states = [t.state_N if isinstance(t, Aligned) else t.size_N for t in teachers if isinstance(t, (Aligned, SpanLogp))]
+    sums = {
+        "compared": float(sum(int((state_N > 0).sum()) for state_N in states)),
+        "unreadable": float(sum(int((state_N < 0).sum()) for state_N in states)),
+        "tokens": float(sum(map(len, states))),
+    }
+    sums = ranks.all_reduce_sum(sums)
+    tokens = max(1.0, sums.pop("tokens"))
+    return {name: value / tokens for name, value in sums.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.config.stage import Optim, Stage
+from headwater.devices import to_device
 from headwater.errors import TrainingStoppedError
 from headwater.losses import token_losses
 from headwater.losses.batch import Batch, Row
@@ -147,7 +148,7 @@ def gradient(
             idle_pass(policy)
             continue
         micro, batch = turn
-        weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
+        weight_N = to_device(torch.tensor([weight_of[id(row)] for row in micro]), policy.device)[batch.row_N]
         backward(policy, objective, batch, weight_N, sums)
     return sums
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from forked_runs import Place, warm_runs
-from headwater.config.recipe import Prompt
+from headwater.config.prompt import Prompt
 from headwater.models.prompts import Prompter
 from headwater.types import Problem
 from runs import WHOLE_ARM, CommandResult, call, load_json, node, nodes, rows, temporary

@@ -260,7 +260,7 @@ def test_top_k_cache_loss_is_at_most_exact_loss(tmp_path: Path) -> None:
 def test_prompt_thinking_selects_template_mode(tmp_path: Path, pocket_folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from headwater.config.recipe import Prompt
+    from headwater.config.prompt import Prompt
     from headwater.models.prompts import Prompter
     from headwater.types import Problem
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from headwater.config.recipe import Prompt
+from headwater.config.prompt import Prompt
 from headwater.config.stage import Sampling
 from headwater.data.labels import Labels
 from headwater.models.prompts import Prompter

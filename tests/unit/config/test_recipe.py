@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from headwater.config.recipe import Conditions, Prompt, Recipe, canonical_json, parse_recipe, read_recipe
+from headwater.config.prompt import Prompt
+from headwater.config.recipe import Conditions, Recipe, canonical_json, parse_recipe, read_recipe
 from headwater.config.stage import Sampling, Stage
 from headwater.errors import UserError
 from tiny import stage_of

@@ -72,6 +72,16 @@ def test_path_in_neither_folder_is_refused_with_both(recipe: Path, old: str, new
     )
 
 
+def test_misspelt_path_suggests_file_of_either_folder(recipe: Path) -> None:
+    for old, new, suggestion in (
+        ("labeled: train.jsonl", "labeled: trian.jsonl", "train.jsonl"),
+        ("path: here.jsonl", "path: hera.jsonl", "here.jsonl"),
+    ):
+        recipe.write_text(RECIPE.replace(old, new))
+        with pytest.raises(UserError, match=rf"; did you mean {suggestion}\?$"):
+            find_recipe(str(recipe), [])
+
+
 def test_missing_file_with_limit_and_hub_id_are_left_for_later(recipe: Path) -> None:
     recipe.write_text(
         RECIPE.replace("labeled: train.jsonl", "labeled: {path: gone.jsonl, limit: 9}").replace("here.jsonl", "a/b-1.5")

@@ -69,6 +69,24 @@ def test_single_fault_is_one_line_with_place(tmp_path: Path) -> None:
     assert missing == ["recipe r.yaml, line 3: models.student: field required"]
 
 
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        ("data: {train: x.jsonl}", "unknown field data.train; did you mean labeled?"),
+        ("data: {labeled: x.jsonl, test: y.jsonl}", "unknown field data.test; did you mean evals?"),
+        ("data: {prompts: x.jsonl}", "unknown field data.prompts; did you mean unlabeled?"),
+        (
+            "",
+            "data: field required, such as {labeled: train.jsonl} (problems with answers) or {unlabeled: prompts.jsonl}",
+        ),
+        ("", "`headwater init mine --student S --teacher T --data FILE` writes a whole recipe"),
+    ],
+)
+def test_missing_or_misnamed_data_has_hint(data: str, hint: str, tmp_path: Path) -> None:
+    recipe = f"task: maths\nmodels: {{student: a}}\n{data}\nstages: {{student_rl: {{steps: 1}}}}\n"
+    assert any(hint in line for line in faults_of(recipe, tmp_path))
+
+
 def test_union_fault_names_deepest_field(tmp_path: Path) -> None:
     faults = faults_of(FAULTY.replace("teacher: 5", 'teacher: {"a/b": x}'), tmp_path)
     assert faults[1].startswith("  line 5: models.teacher.a/b: string should match pattern")

@@ -9,8 +9,7 @@ import pytest
 
 from headwater.config.recipe import Source
 from headwater.data.contamination import Leak, find_leaks, words_of
-from headwater.data.sources import LoadedProblems, load, without_leaks
-from headwater.runs.inputs import leak_row
+from headwater.data.sources import LoadedProblems, leak_row, load, without_leaks
 from headwater.types import Problem, family_of, letters_and_digits, problem_id
 
 DATA = Path(__file__).parents[4] / "shared" / "data"

@@ -307,6 +307,12 @@ def test_broken_parquet_and_foreign_folder_are_named(tmp_path: Path) -> None:
             read(Source(path=str(tmp_path / name)))
 
 
+def test_missing_file_suggests_file_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", {"problem": "a", "answer": "1"})
+    with pytest.raises(UserError, match=rf"no such file; did you mean {tmp_path / 'train.jsonl'}\?$"):
+        read(Source(path=str(tmp_path / "trian.jsonl")))
+
+
 def test_hub_error_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -314,6 +320,7 @@ def test_hub_error_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         raise ConnectionError("Couldn't reach\n the hub")
 
     monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(hub, "refuse_absent", lambda field, name, kind: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UserError, match="some/name: is no file here and cannot be loaded from the hub") as caught:
         read(Source(path="some/name"))

@@ -193,7 +193,7 @@ def test_completions_cut_at_their_limit_are_named_before_any_other_advice() -> N
     measures = replace(pair(0.5, 1.0), student=model(0.5), teacher=model(0.0, 0.0, CUT))
     assert outcome_advice(measures) == {
         "teacher": "96 % of the completions were cut at max_tokens = 48, 4 % were wrong: raise stages.teacher_rl.sampling."
-        "max_tokens, or check the model's stop ids and chat template if its answers never end"
+        "max_tokens or, if the answers never end, lower stages.teacher_rl.sampling.temperature or check stop ids and chat template"
     }
     # A signal from the few that ended says little about the model: most of its answers were not judged.
     assert outcome_advice(replace(measures, teacher=model(0.5, 0.1, CUT))).keys() == {"teacher"}

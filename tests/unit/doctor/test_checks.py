@@ -366,7 +366,7 @@ def test_label_without_answer_is_refused_with_its_row(tmp_path: Path) -> None:
 def test_gold_answer_rejected_by_grader_is_named_with_its_problem(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": "=" * 60})
     finding = find(light(tmp_path, from_file(path)), "gold-fails-grader")
-    assert finding.severity == "warning" and "1 of 21 gold answers" in finding.evidence
+    assert finding.severity == "warning" and "1 of 21 labels" in finding.evidence
 
 
 def test_task_rejecting_most_gold_answers_is_refused(tmp_path: Path) -> None:

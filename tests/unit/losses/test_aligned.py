@@ -15,18 +15,22 @@ from headwater.losses.distributions import (
     Aligned,
     FromHidden,
     FromLogits,
-    SharedTokens,
+    TokenGroups,
     concatenate,
     select_rows,
 )
 from headwater.losses.logprobs import loss_and_stats, token_stats
-from headwater.losses.materialized import Exact, Sorted, SpanLogp, TopK
+from headwater.losses.materialized import Exact, Grouped, Sorted, SpanLogp, TopK
 from headwater.losses.output_head import LinearHead
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 CPU = torch.device("cpu")
 STUDENT, TEACHER = 6, 5
-SHARED = SharedTokens.of((0, 2, 5), (1, 0, 4), TEACHER, CPU)
+GROUP_OF_STUDENT, GROUP_OF_TEACHER = torch.tensor([0, 3, 1, 3, 3, 2]), torch.tensor([1, 0, 3, 3, 2])
+"""The student's tokens 0, 2, 5 are the teacher's 1, 0, 4; group 3 holds the others."""
+WHOLE = TokenGroups(torch.arange(TEACHER), GROUP_OF_TEACHER, whole=True)
+BEGUN = TokenGroups(torch.tensor([2, 3]), torch.tensor([0, 2]), whole=False)
+"""Within a token of the teacher, which must be 2 or 3; what follows begins with the student's token 0 or 5."""
 
 
 def head(width: int, seed: int, dtype: torch.dtype = torch.float64) -> LinearHead:
@@ -37,35 +41,36 @@ def hidden(count: int, seed: int) -> Tensor:
     return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def aligned(shared: SharedTokens | None, sizes: list[int]) -> Aligned:
-    return Aligned(FromHidden(hidden(len(sizes), 1), head(TEACHER, 2), 1.0), shared, torch.tensor(sizes))
+def aligned(grouped: bool, tokens: list[TokenGroups | None]) -> Aligned:
+    base = FromHidden(hidden(len(tokens), 1), head(TEACHER, 2), 1.0)
+    state_N = torch.tensor([int(row is not None) for row in tokens])
+    return Aligned(base, tuple(tokens), state_N, GROUP_OF_STUDENT if grouped else None, 4 if grouped else 0)
 
 
-def test_shared_tokens_are_kept_and_others_are_one_event() -> None:
-    known = aligned(SHARED, [1, 0]).materialize()
-    assert isinstance(known, TopK)
-    teacher_p = torch.softmax(head(TEACHER, 2)(hidden(2, 1)), dim=-1)
-    student_logp = torch.log_softmax(torch.arange(6.0, dtype=torch.float64), dim=-1).repeat(2, 1)
+def test_groups_sum_tokens_of_both_models() -> None:
+    known = aligned(True, [WHOLE, None, BEGUN]).materialize()
+    assert isinstance(known, Grouped)
+    teacher_p = torch.softmax(head(TEACHER, 2)(hidden(3, 1)), dim=-1)
+    student_logp = torch.log_softmax(torch.arange(6.0, dtype=torch.float64), dim=-1).repeat(3, 1)
+    student_p = student_logp.exp()[0]
     student_NE, teacher_NE = (logp.exp() for logp in known.align(student_logp))
     assert torch.allclose(teacher_NE[0], torch.stack([*teacher_p[0, [1, 0, 4]], teacher_p[0, [2, 3]].sum()]))
-    assert torch.allclose(student_NE[0, -1], student_logp.exp()[0, [1, 3, 4]].sum())
-    # The second token does not begin a span: one event of probability 1 on both sides.
-    assert torch.equal(student_NE[1], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64))
-    assert torch.equal(teacher_NE[1], student_NE[1])
+    assert torch.allclose(student_NE[0], torch.stack([*student_p[[0, 2, 5]], student_p[[1, 3, 4]].sum()]))
+    assert torch.equal(student_NE[1], torch.zeros(4, dtype=torch.float64)) and torch.equal(teacher_NE[1], student_NE[1])
+    begun = teacher_p[2, [2, 3]] / teacher_p[2, [2, 3]].sum()
+    assert torch.allclose(teacher_NE[2, [0, 2]], begun) and teacher_NE[2, [1, 3]].max() < 1e-20
 
 
-@pytest.mark.parametrize("shared", [SHARED, None])
+@pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
     "divergence", [token_losses.REVERSE, token_losses.FORWARD, token_losses.jensen_shannon(0.5), token_losses.SORTED]
 )
-def test_fused_and_plain_losses_agree_and_skip_inner_tokens(
-    shared: SharedTokens | None, divergence: token_losses.Divergence
-) -> None:
-    sizes = [2, 0, 1, -1, 1]
+def test_fused_and_plain_losses_agree_and_skip_inner_tokens(grouped: bool, divergence: token_losses.Divergence) -> None:
+    tokens = [WHOLE, None, BEGUN if grouped else WHOLE, None, WHOLE]
     student_head = head(STUDENT, 3)
-    if shared is None:
+    if not grouped:
         divergence = token_losses.SORTED
-    inputs = TokenInputs(torch.tensor([0, 1, 2, 3, 4]), 0.7, aligned(shared, sizes), divergence)
+    inputs = TokenInputs(torch.tensor([0, 1, 2, 3, 4]), 0.7, aligned(grouped, tokens), divergence)
 
     def loss(stats: TokenStats, chunk: slice) -> Tensor:
         assert stats.divergence_N is not None
@@ -80,34 +85,63 @@ def test_fused_and_plain_losses_agree_and_skip_inner_tokens(
             values.append(value.detach())
             gradients.append(hidden_NH.grad)
             assert stats.divergence_N is not None and stats.divergence_N[[1, 3]].abs().max() == 0.0
-            assert (stats.kl_student_teacher_N is None) == (shared is None)
+            assert (stats.kl_student_teacher_N is None) == (not grouped)
     for value, gradient in zip(values[1:], gradients[1:], strict=True):
         assert torch.allclose(value, values[0], atol=1e-9)
         assert torch.allclose(gradient, gradients[0], atol=1e-7)
     assert gradients[0][[1, 3]].abs().max() == 0.0 < gradients[0][[0, 2, 4]].abs().min()
 
 
-def test_whole_shared_vocabulary_gives_exact_divergence() -> None:
-    """With one vocabulary, in another order, nothing is in the tail (whose floor is 1e-7)."""
-    order = (3, 0, 4, 1, 2)
-    shared = SharedTokens.of(range(5), order, 5, CPU)
+def test_groups_of_one_token_give_exact_divergence() -> None:
+    """One vocabulary in another order."""
+    order = torch.tensor([3, 0, 4, 1, 2])
     logp = torch.log_softmax(head(5, 2)(hidden(4, 1)), dim=-1)
     student = torch.log_softmax(head(5, 5)(hidden(4, 6)), dim=-1)
-    known = Aligned(Exact(logp), shared, torch.ones(4, dtype=torch.long)).materialize()
-    exact = token_losses.reverse_kl(student, logp[:, order])
-    assert torch.allclose(token_losses.reverse_kl(*known.align(student)), exact, atol=1e-6)
+    renamed = TokenGroups(order, torch.arange(5), whole=True)
+    form = Aligned(Exact(logp), (renamed,) * 4, torch.ones(4), torch.arange(5), 5)
+    for divergence in (token_losses.reverse_kl, token_losses.forward_kl):
+        assert torch.allclose(divergence(*form.materialize().align(student)), divergence(student, logp[:, order]))
 
 
-def test_served_tokens_are_renamed_and_unshared_ones_join_tail() -> None:
-    served = TopK(torch.tensor([[2, 0, 4], [1, 3, 0]]), torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.2, 0.1]]).log())
-    known = Aligned(served, SHARED, torch.tensor([1, 1])).materialize()
+def test_groups_without_student_tokens_have_no_gradient() -> None:
+    """All of the student's tokens are shared: its tail is empty, however large the teacher's is."""
+    logits = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
+    known = Grouped(
+        torch.tensor([[0.2, 0.1, 0.7]], dtype=torch.float64).log(), torch.tensor([0, 1]), torch.tensor([True])
+    )
+    token_losses.forward_kl(*known.align(torch.log_softmax(logits, dim=-1))).sum().backward()
+    # Of the two tokens alone: p_S(j) · (p_T(0) + p_T(1)) − p_T(j).
+    p = torch.softmax(logits.detach(), dim=-1)
+    assert torch.allclose(logits.grad, p * 0.3 - torch.tensor([[0.2, 0.1]], dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def test_served_tokens_are_grouped_and_begun_ones_skipped() -> None:
+    torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.2, 0.1], [0.4, 0.3, 0.1]])
+    served = TopK(
+        torch.tensor([[2, 0, 4], [1, 3, 0], [2, 3, 0]]),
+        torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.2, 0.1], [0.4, 0.3, 0.1]]).log(),
+    )
+    known = Aligned(served, (WHOLE, WHOLE, BEGUN), torch.tensor([1, 1, 1]), GROUP_OF_STUDENT, 4).materialize()
     assert isinstance(known, TopK) and known.count_N is not None
-    assert known.count_N.tolist() == [2, 2]
-    assert known.ids_NK[:, :2].tolist() == [[2, 5], [0, 2]]
-    student = torch.log_softmax(torch.zeros(2, STUDENT), dim=-1)
+    assert known.count_N.tolist() == [3, 3, 0]
+    assert known.ids_NK[:2].tolist() == [[3, 1, 2], [0, 3, 1]]
+    student = torch.log_softmax(torch.zeros(3, STUDENT), dim=-1)
     student_NE, teacher_NE = (logp.exp() for logp in known.align(student))
-    assert torch.allclose(teacher_NE, torch.tensor([[0.2, 0.1, 0.0, 0.7], [0.6, 0.1, 0.0, 0.3]]), atol=1e-6)
-    assert torch.allclose(student_NE, torch.tensor([[1 / 6, 1 / 6, 0.0, 4 / 6]] * 2), atol=1e-6)
+    assert torch.allclose(teacher_NE[0], torch.tensor([0.5, 0.2, 0.1, 0.2]), atol=1e-6)
+    assert torch.allclose(student_NE[0], torch.tensor([3 / 6, 1 / 6, 1 / 6, 1 / 6]), atol=1e-6)
+    assert torch.equal(student_NE[2], teacher_NE[2]) and teacher_NE[2, -1] == 1.0
+
+
+def test_top_k_of_groups_has_groups_of_student() -> None:
+    known = aligned(True, [WHOLE, None]).materialize()
+    assert isinstance(known, Grouped)
+    kept, student = known.top_k(2), torch.log_softmax(torch.zeros(2, STUDENT, dtype=torch.float64), dim=-1)
+    whole = dict(enumerate(known.align(student)[1][0].exp().tolist()))
+    chosen = sorted(whole, key=lambda group: -whole[group])[:2]
+    assert kept.ids_NK[0].tolist() == chosen
+    expected = [float((group == GROUP_OF_STUDENT).sum()) / STUDENT for group in chosen]
+    assert kept.align(student)[0][0].exp().tolist() == pytest.approx([*expected, 1 - sum(expected)])
+    assert kept.align(student)[0][1].exp().tolist() == [0.0, 0.0, 1.0]
 
 
 def test_top_k_of_partly_filled_rows_keeps_most_probable() -> None:
@@ -130,7 +164,7 @@ def test_sorted_difference_by_hand() -> None:
 
 
 def test_forms_are_cut_and_joined_like_their_rows() -> None:
-    for form in (aligned(SHARED, [2, 0, 1, 1]), aligned(None, [2, 0, 1, 1])):
+    for form in (aligned(True, [WHOLE, None, BEGUN, WHOLE]), aligned(False, [WHOLE, None, WHOLE, WHOLE])):
         whole = form.materialize()
         joined = concatenate([form.rows(0, 1), form.rows(1, 4)], CPU)
         assert isinstance(joined, Aligned)
@@ -279,7 +313,7 @@ def test_spans_of_one_token_are_sampled_tokens_bit_for_bit() -> None:
 def test_uncompared_tokens_have_advantage_zero() -> None:
     spans = align([b"a", b"b"], [b"a", b"x"])
     form = SpanLogp.of(spans, torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -9.0]))
-    assert form.size_N.tolist() == [1, 0]
+    assert form.size_N.tolist() == [1, -1]
     own = torch.tensor([-1.1, -2.2])
     kl_N, teacher_logp_N = form.compare(own)
     assert teacher_logp_N[1] == own[1] and kl_N.tolist() == pytest.approx([-0.6, 0.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from headwater.losses import packing
@@ -56,6 +59,7 @@ def test_pack_by_hand() -> None:
     assert result.start_B == (2, 4, 6) and result.prompt_end_B == (1, 1, 5)
     # One block, shortest first: (9, 4), (5, 6, 8), (5, 6, 7, 2), the first two padded with their own last token.
     assert result.blocks == ((3, 4),)
+    assert result.block_row_starts.tolist() == [0, 4, 8, 12]
     assert result.to_blocks_M.tolist() == [5, 6, 6, 6, 0, 1, 4, 4, 0, 1, 2, 3]
     assert ids[0][result.to_blocks_M[result.from_blocks_L]].tolist() == ids[0].tolist()
     # A token's own place is in its own sequence, at its own position.
@@ -109,6 +113,48 @@ def test_packed_and_padded_rows_have_same_log_probs(policy: Policy, temperature:
         logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True
     ):
         torch.testing.assert_close(packed_value, padded_value, rtol=1e-4, atol=1e-5)
+
+
+def varlen_of_new_torch(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Interface of torch 2.13's kernel, which needs a GPU: each sequence by dense attention."""
+    assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32
+    lengths = cu_seq_q.diff().tolist()
+    assert max(lengths) == max_q == max_k
+    sequences = (part.split(lengths) for part in (query, key, value))
+    return torch.cat(
+        [
+            functional.scaled_dot_product_attention(
+                *(part.transpose(0, 1) for part in parts), is_causal=True, scale=scale, enable_gqa=enable_gqa
+            ).transpose(0, 1)
+            for parts in zip(*sequences, strict=True)
+        ]
+    )
+
+
+def varlen_of_old_torch(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """Interface of torch 2.10's kernel: without a scale and without groups of heads."""
+    assert is_causal and query.shape == key.shape
+    return varlen_of_new_torch(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
+
+
+@pytest.mark.parametrize("varlen", [varlen_of_new_torch, varlen_of_old_torch])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_varlen_attention_equals_attention_of_blocks(
+    varlen: Callable[..., Tensor], scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MAX_WASTE", 20)  # several blocks
+    _, layout = pack(TEXTS, CPU)
+    slots = len(layout.to_blocks_M)
+    q, k, v = (torch.randn(slots, heads, 8) for heads in (4, 2, 2))
+    assert len(layout.blocks) > 1 and layout.block_row_starts[-1] == slots
+    ours = packing.varlen_attention(varlen, layout, q, k, v, scaling)
+    torch.testing.assert_close(ours, packing.block_attention(layout, q, k, v, scaling))
 
 
 def test_packed_forward_pass_computes_shared_prompt_once(policy: Policy) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from headwater.config.recipe import Prompt
+from headwater.config.prompt import Prompt
 from headwater.errors import UserError
 from headwater.models.prompts import Prompter, reads_clock, spelt_template
 from headwater.tasks import maths

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from headwater.config.recipe import Prompt
+from headwater.config.prompt import Prompt
 from headwater.config.stage import Sampling
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy

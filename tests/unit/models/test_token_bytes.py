@@ -6,7 +6,7 @@ from itertools import pairwise, permutations
 
 import pytest
 
-from headwater.models.token_bytes import END, MARK, TokenBytes, same_tokens, shared_ids
+from headwater.models.token_bytes import END, MARK, TokenBytes, same_tokens
 from tests.support.texts import texts
 from tests.support.tokenizer_kinds import REVERSIBLE, byte_level, token_bytes
 
@@ -85,15 +85,6 @@ def test_lossy_texts_are_not_compared() -> None:
     _, spans = teacher.translate(student.pieces(own))
     assert b"".join(student.pieces(own)[: spans.first_read]) in (b"ok", b"ok ")
     assert spans.first_read < len(own)
-
-
-def test_shared_ids_have_equal_bytes_and_ends() -> None:
-    student, teacher = token_bytes("bytes"), token_bytes("sentencepiece")
-    own, other = shared_ids(student, teacher)
-    assert len(own) > 100
-    assert all(student.table[a] == teacher.table[b] for a, b in zip(own, other, strict=True))
-    assert (student.end_id, teacher.end_id) in zip(own, other, strict=True)
-    assert len(set(own)) == len(own) and len(set(other)) == len(other)
 
 
 def test_byte_pieces_yield_to_plain_tokens() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from headwater.models import untrusted_tokenizer
+from headwater.models.folder import ModelFolder
 from headwater.models.untrusted_tokenizer import problem_of_tokenizer
 
 PLAIN: dict[str, Any] = {
@@ -114,6 +116,14 @@ def test_ids_of_other_tokenizer_files_are_compared_with_rows(name: str, tmp_path
     assert problem(tmp_path, {}, name=name) is None
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_long_list_of_special_tokens_is_refused(name: str, tmp_path: Path) -> None:
+    tokens = [f"<{number}>" for number in range(50_001)]
+    refusal = problem(tmp_path, {"extra_special_tokens": tokens}, name=name)
+    assert refusal is not None and f"{name} lists over 50,000 special tokens" in refusal
+    assert problem(tmp_path, {"extra_special_tokens": tokens[1:]}, name=name) is None
+
+
 def test_unprintable_name_of_setting_is_refused(tmp_path: Path) -> None:
     token = {"content": "<s>", "\x1b[2J": True}
     refusal = problem(tmp_path, {"added_tokens_decoder": {"1": token}}, name="tokenizer_config.json")
@@ -183,3 +193,18 @@ def test_unusual_tokenizer_is_first_opened_in_bounded_process(
     refusal = problem(tmp_path, tokenizer)
     assert refusal is None if sentence is None else sentence in (refusal or "")
     assert capfd.readouterr() == ("", "")  # no backtrace of native code
+
+
+def test_every_tokenizer_file_of_hub_is_checked_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    remote.mkdir()
+    cache.mkdir()
+    (remote / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    (remote / "vocab.json").write_text(json.dumps({"x": 1 << 31}), encoding="utf-8")
+
+    def download(repository: str, name: str, **options: bool) -> str | None:
+        return shutil.copy(remote / name, cache) if (remote / name).exists() else None
+
+    monkeypatch.setattr("headwater.models.folder.cached_file", download)
+    problem = ModelFolder("owner/name", "models.student", "owner/name")._problem_of_tokenizer()
+    assert problem == "vocab.json gives a token the id 2147483648, and no vocabulary reaches it"

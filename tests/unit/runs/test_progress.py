@@ -49,8 +49,8 @@ def test_log_lines_begin_with_time_of_day(capsys: pytest.CaptureFixture[str], mo
     texts = [re.sub(r"\d+\.\d s", "T", line[9:]) for line in lines]
     assert texts == [
         "checking …",
-        "checking files …",
-        "checking weights …",
+        "checking: files …",
+        "checking: weights …",
         "checking: done in T",
         "[3/6] warmup (seed 0): 1 of 2 steps, about 0 s left  loss 0.5",
         "[3/6] warmup (seed 0): T  loss 0.25",
@@ -62,7 +62,7 @@ def test_log_of_parts_has_line_for_each(capsys: pytest.CaptureFixture[str]) -> N
         tell("files", "recipe")
         tell("files", "prompts")
     lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
-    assert lines[:-1] == ["checking …", "checking files: recipe", "checking files: prompts"]
+    assert lines[:-1] == ["checking …", "checking: files …", "checking: recipe", "checking: prompts"]
 
 
 def test_log_counts_time_of_evaluation_from_its_start() -> None:

@@ -195,7 +195,7 @@ def test_countdown_validate_accepts_generated_and_lists_unsolvable(tmp_path: Pat
     texts = [text for text, _ in generate(20, "train", 0)]
     path.write_text("".join(f'{{"problem": "{text}", "answer": "{text}"}}\n' for text in [*texts, "9,3=5"]))
     result = call("validate", path, "--task", "countdown")
-    assert result.code == 3 and "21 gold answers, 1 fail" in result.out and "'9,3=5' grades no_answer" in result.out
+    assert result.code == 3 and "21 labels, 1 fail" in result.out and "'9,3=5' grades no_answer" in result.out
 
 
 def test_countdown_recipe_differs_from_pocket_in_task_models_and_length() -> None:

@@ -47,9 +47,9 @@ def one_thread():  # type: ignore[no-untyped-def]
     torch.set_num_threads(before)
 
 
-def test_pocket_models_ship_as_safetensors_with_cards_under_8_megabytes() -> None:
+def test_pocket_models_ship_as_safetensors_with_cards_under_11_megabytes() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 8_000_000
+    assert sum(file.stat().st_size for file in files) < 11_000_000
     assert {folder.name for folder in SHIPPED.iterdir() if folder.is_dir()} == set(POCKET)
     for name in POCKET:
         shipped = {file.name for file in (SHIPPED / name).iterdir()}
@@ -83,6 +83,7 @@ def test_card_pass_rate_is_measured_from_shipped_weights(name: str) -> None:
     bands = {
         "sums": {"student": (0.05, 0.25), "teacher": (0.15, 0.60)},
         "countdown": {"student": (0.25, 0.60), "teacher": (0.75, 0.97)},
+        "skills": {"student": (0.20, 0.28), "teacher": (0.20, 0.28)},  # one method of four is right
     }
     low, high = bands[POCKET[name].task]["student" if "student" in name else "teacher"]
     assert low <= written <= high

@@ -132,8 +132,8 @@ def test_no_variance_guard_names_largest_cause_in_its_window(tmp_path: Path) -> 
         ours.check({"step": step, "informative": 0.0 if step > 1 else 0.5})
     assert heard == [
         "no_variance: 0% of the groups have rewards that differ (mean of the last 2 steps; bound 0.01); 100 % of the completions "
-        "were cut at max_tokens = 48: raise stages.opd.sampling.max_tokens, or check the model's stop ids and chat template if "
-        "its answers never end"
+        "were cut at max_tokens = 48: raise stages.opd.sampling.max_tokens or, if the answers never end, lower "
+        "stages.opd.sampling.temperature or check stop ids and chat template"
     ]
 
 

@@ -1,0 +1,64 @@
+"""Schema of prompts: what student and teacher read before a completion. Frozen; unknown keys are rejected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from headwater.config.schema import Strict, Tokens
+
+
+class TeacherPrompt(Strict):
+    """The teacher's prompt, where it is not the student's (docs/teachers.md). A field that is left out is as the student's."""
+
+    system: str | None = None
+    """System message; an empty text sends none."""
+    template: str | None = None
+    """The user's message; `{problem}` is replaced by the problem's text."""
+    thinking: bool | None = None
+    """Passed to chat templates that have `enable_thinking`."""
+
+    @model_validator(mode="after")
+    def _names_the_problem(self) -> TeacherPrompt:
+        if self.template is not None and "{problem}" not in self.template:
+            raise ValueError("template must contain {problem}")
+        return self
+
+
+class Prompt(Strict):
+    """How a problem becomes a chat prompt."""
+
+    system: str | None = None
+    """System message; None sends none."""
+    template: str = "{problem}"
+    """The user's message; `{problem}` is replaced by the problem's text."""
+    thinking: bool = False
+    """Passed to chat templates that have `enable_thinking` (Qwen3)."""
+    chat: bool = True
+    """Apply the model's chat template; false gives the model the texts as they are (problems that spell a template, base models)."""
+    max_tokens: Tokens = 2048
+    """Longest prompt; a longer one is refused."""
+    teacher: TeacherPrompt | None = None
+    """Other words for the teacher: in its training, its evaluations and where it supervises the student. None: the same words."""
+
+    @property
+    def of_teacher(self) -> Prompt:
+        """What the teacher reads."""
+        if self.teacher is None:
+            return self
+        given = {name: value for name, value in self.teacher.model_dump().items() if value is not None}
+        system = given.pop("system", self.system) or None
+        return self.model_copy(update={**given, "system": system, "teacher": None})
+
+    @model_validator(mode="after")
+    def _names_the_problem(self) -> Prompt:
+        if "{problem}" not in self.template:
+            raise ValueError("template must contain {problem}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit later fields at their defaults: recipes written before they existed stay equal, and so do their fingerprints."""
+        defaults = {"chat": True, "teacher": None}
+        return {name: value for name, value in fields_of(self).items() if (name, value) not in defaults.items()}
