@@ -203,9 +203,7 @@ def test_stage_keeps_at_most_two_checkpoints() -> None:
     for path, info in infos(uninterrupted()):
         if info["kind"] == "train":
             kept = sorted(int(file.name) for file in (path / "checkpoint").iterdir())
-            assert (
-                kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [6, 8], "student_rl": [4, 5]}[info["stage"]]
-            )
+            assert kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [6, 8], "student_rl": [4, 5]}[info["stage"]]
 
 
 @pytest.mark.parametrize("point", ["node.done", "node.cleaning"])
