@@ -49,6 +49,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
     "run pocket --arm bridge --set 'stages.opd.dense.teacher_weights={teacher: 1.25, base_teacher: -0.25}' --dry-run": "opd",
     "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
+    "run pocket --arm opd_only --set stages.opd.dense.tokenizers=prefix --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms improved --seeds 0,1 --dry-run": "opd2_compute",
     "study pocket --arms bridge,direct_grpo,raw_teacher --seeds 0,1,2 --dry-run": "teacher_rl",
@@ -80,6 +81,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     "init [NAME]": ("init", "student: pocket:qwen3-student"),
     "run RECIPE [--arm NAME]": ("run my.yaml --arm direct_grpo --out runs/one SMALL", "direct_grpo"),
     "run gsm8k": ("run gsm8k --dry-run", "teacher_rl"),
+    "run my.yaml": ("run my.yaml --out runs/my SMALL", "bridge"),
     "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge"),
     "study RECIPE [--arms a,b] [--seeds 0,1]": ("study my.yaml --arms direct_grpo,raw_teacher --dry-run", "student_rl"),
     "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out runs/my-study": (

@@ -216,7 +216,7 @@ def test_devices_page_agrees_with_dry_run(device: str, text: str) -> None:
 
 def test_docs_navigation_and_links_lead_to_existing_pages() -> None:
     nav = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert len(nav) == 25 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
+    assert len(nav) == 26 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
     for page, text in PAGES.items():
         links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
         assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == [], page

@@ -26,6 +26,7 @@ HOSTILE_TEMPLATES = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "doubling": "{% set ns = namespace(s='aa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "multiplication": "{{ 'a' * 10**12 }}",
+    "constant": "{{ 9 ** (9 ** 9) }}",
     "long": "{{ 'a' * 20000000 }}",
     "lipsum": "{{ lipsum(n=10000) }}",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +47,8 @@ ALPHABET = "0123456789+=; -*/(),.?:%\n"
 POSITIONS = 512
 
 
-Vocabulary = Literal["characters", "pairs"]
-"""Tokens of a pocket model: single characters, or also each pair of digits."""
+Vocabulary = Literal["characters", "pairs", "joined"]
+"""Tokens of a pocket model: single characters; also each pair of digits; or also each digit joined to the sign before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class PretrainSpec:
     task: Literal["sums", "countdown", "skills"] = "sums"
     dials: sums.SumsDials | countdown.CountdownDials | skills.SkillsDials = sums.DIALS
     vocabulary: Vocabulary = "characters"
+    start: str | None = None
+    """Shipped model of characters whose weights it starts from; None starts from random ones."""
 
     @property
     def steps(self) -> int:
@@ -156,15 +159,18 @@ POCKET: dict[str, PretrainSpec] = {
 
 
 OTHER_TOKENIZERS: dict[str, PretrainSpec] = {
-    # The student's text, in tokens of one or two digits: the teacher of cross-tokenizer studies. It does not ship.
-    "qwen3-teacher-pairs": replace(POCKET["qwen3-teacher"], vocabulary="pairs"),
+    # The shipped teacher in other tokens, for cross-tokenizer studies. It does not ship.
+    "qwen3-teacher-joined": replace(
+        POCKET["qwen3-teacher"], vocabulary="joined", start="qwen3-teacher", worked_steps=0, mixture_steps=350, lr=1e-3
+    ),
 }
 
 
 def make_tokenizer(vocabulary: Vocabulary = "characters") -> PreTrainedTokenizerFast:
     """Tokenizer of characters or pairs, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
     digits = ALPHABET[:10]
-    merges = [(a, b) for a in digits for b in digits] if vocabulary == "pairs" else []
+    first = {"characters": "", "pairs": digits, "joined": "+=;"}[vocabulary]
+    merges = [(a, b) for a in first for b in digits]
     tokens = (*SPECIAL, *ALPHABET, *(a + b for a, b in merges))
     backend = Tokenizer(
         models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, unk_token=UNKNOWN)
@@ -179,6 +185,20 @@ def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTra
     return AutoModelForCausalLM.from_config(
         model_config(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
     )
+
+
+@torch.no_grad()
+def start_from(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Copy the weights of a shipped model of characters; a longer token starts as the mean of its characters."""
+    shipped = AutoModelForCausalLM.from_pretrained(str(files("headwater") / "pocket" / name), dtype=torch.float32)
+    weights, ids = shipped.state_dict(), make_tokenizer().get_vocab()
+    rows = {
+        id_: [ids[token]] if token in ids else [ids[letter] for letter in token]
+        for token, id_ in tokenizer.get_vocab().items()
+    }
+    own = torch.stack([weights["model.embed_tokens.weight"][rows[id_]].mean(dim=0) for id_ in range(len(rows))])
+    tables = {"model.embed_tokens.weight": own, "lm_head.weight": own}
+    model.load_state_dict({**weights, **{key: table for key, table in tables.items() if key in weights}})
 
 
 def encode(
@@ -226,6 +246,8 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(spec, tokenizer)
+    if spec.start is not None:
+        start_from(model, tokenizer, spec.start)
     optimizers = make_optimizers(model, spec.lr)
     losses: list[float] = []
     model.train()

@@ -1,4 +1,4 @@
-"""`headwater push`: upload a finished model to the hub with a model card (recipe, labels spent, results)."""
+"""`headwater push`: upload a finished model to the hub with a model card (recipe, labels used, results)."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def push(
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm's student, if the run has several arms.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:
-    """Upload a finished model to the hub with a card: recipe, labels spent, results with intervals."""
+    """Upload a finished model to the hub with a card: recipe, labels used, results with intervals."""
     from huggingface_hub import HfApi
 
     from headwater.cli import push as hub

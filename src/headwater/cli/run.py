@@ -57,7 +57,7 @@ def run(
     arm: ArmName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
 ) -> None:
-    """Run one arm, by default bridge: teacher RL with all labels -> warm-up -> OPD."""
+    """Run one arm, by default bridge: GRPO on the teacher with all labels, then warm-up and OPD of the student."""
     run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
 
 
@@ -70,7 +70,7 @@ def run(
 def study(
     recipe: RecipeName, options: RunOptions, execution: ExecutionOptions, arms: Arms = None, seeds: Seeds = None
 ) -> None:
-    """Run many arms × seeds as one plan, shared nodes once, then report.
+    """Run several arms and seeds, their common stages once, then write the report.
 
     Without --arms: direct_grpo, raw_teacher, bridge, bridge_1h, bridge_rl and replay.
     """
@@ -109,7 +109,7 @@ def sweep(
     arms: Arms = None,
     seeds: Seeds = None,
 ) -> None:
-    """Run a study at every value of one setting, shared nodes once; then one plot, one table, one page."""
+    """Run a study at every value of one field, common stages once; then one plot, one table, one page."""
     from headwater.runs.progress import progress_display
     from headwater.runs.sweep import lay_out
 

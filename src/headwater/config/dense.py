@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from headwater.config.schema import Strict, Tokens, Unit
+from headwater.config.schema import Steps, Strict, Tokens, Unit
 
 
 class TeacherWeights(Strict):
@@ -28,6 +28,21 @@ class TeacherWeights(Strict):
         total = self.teacher + self.base_teacher + self.start
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"the weights sum to {total:g}; they must sum to 1, or the temperature changes too")
+        return self
+
+
+class StartUpdate(Strict):
+    """How the model `start` follows the student while the stage trains: one of the two. Not with adapters or several ranks."""
+
+    every: Steps | None = None
+    """Copy the student's weights every so many steps: a teacher that lags behind it."""
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """After each step, start becomes decay · start + (1 − decay) · student: a moving average."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> StartUpdate:
+        if (self.every is None) == (self.decay is None):
+            raise ValueError("give either every or decay")
         return self
 
 
@@ -65,6 +80,8 @@ class Dense(Strict):
     """Upper bound of the divergence of one token; above it the token has no gradient. None bounds nothing."""
     teacher_weights: TeacherWeights | None = None
     """A teacher composed of several frozen models; None is the stage's teacher alone."""
+    start_update: StartUpdate | None = None
+    """Let `start` in `teacher_weights` follow the student; None keeps the weights that the stage starts with."""
     gain_over: Literal["base_teacher", "start"] | None = None
     """Follow the teacher's gain over this model, where it agrees with the distance to the teacher (OPD², 2607.15161):
     `base_teacher` is models.teacher before any training, `start` the stage's starting weights. None follows the teacher."""
@@ -89,6 +106,12 @@ class Dense(Strict):
         return self.divergence != "uld" and (self.exact or self.tokenizers == "same")
 
     @model_validator(mode="after")
+    def _check_start(self) -> Dense:
+        if self.start_update is not None and (self.teacher_weights is None or not self.teacher_weights.start):
+            raise ValueError("start_update: needs start in teacher_weights, such as {start: 1}")
+        return self
+
+    @model_validator(mode="after")
     def _check_tokenizers(self) -> Dense:
         if self.divergence == "uld" and self.tokenizers == "same":
             raise ValueError(
@@ -109,6 +132,6 @@ class Dense(Strict):
     @model_serializer(mode="wrap")
     def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {"entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers"}
+        later = {"entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers", "start_update"}
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in serialize(self).items() if name not in unset}

@@ -18,11 +18,18 @@ class TeacherPrompt(Strict):
     """The user's message; `{problem}` is replaced by the problem's text."""
     thinking: bool | None = None
     """Passed to chat templates that have `enable_thinking`."""
+    privileged: str | None = None
+    """The user's message where the teacher supervises the student, for problems with a context of their own: `{context}` is replaced by
+    the text of `data.….columns.context`, which the student never reads. A context that states the answer counts as a label."""
 
     @model_validator(mode="after")
     def _names_the_problem(self) -> TeacherPrompt:
-        if self.template is not None and "{problem}" not in self.template:
-            raise ValueError("template must contain {problem}")
+        for name in ("template", "privileged"):
+            value = getattr(self, name)
+            if value is not None and "{problem}" not in value:
+                raise ValueError(f"{name} must contain {{problem}}")
+        if self.privileged is not None and "{context}" not in self.privileged:
+            raise ValueError("privileged must contain {context}")
         return self
 
 
@@ -49,6 +56,7 @@ class Prompt(Strict):
             return self
         given = {name: value for name, value in self.teacher.model_dump().items() if value is not None}
         system = given.pop("system", self.system) or None
+        given.pop("privileged", None)
         return self.model_copy(update={**given, "system": system, "teacher": None})
 
     @model_validator(mode="after")

@@ -109,8 +109,15 @@ class Columns(Strict):
     """A column, a path into one, or a template of several: `"{context}\\n\\n{question}"`."""
     answer: str | None = None
     """Column of the answer, or of a solution that states it."""
+    context: str | None = None
+    """Text that only a supervising teacher reads (`prompt.teacher.privileged`): a column, a path, or a template of several."""
     tag: str | None = None
     """Selects a problem's teacher if `models.teacher` is a mapping; generated problems are tagged with their task."""
+
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit a context where none is named: recipes written before the field existed stay equal."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("context", None)}
 
 
 class Generate(Strict):
@@ -260,6 +267,17 @@ class Recipe(Strict):
         if self.task is None and self.data.answers:
             raise ValueError(
                 f"task is missing: name the grader of the answers of {self.data.answers[0]}, such as maths"
+            )
+        adapted = self.models.lora is not None and "student" in self.models.lora.roles
+        for name, stage in self.stages.named.items():
+            if adapted and stage.dense.start_update is not None:
+                raise ValueError(
+                    f"stages.{name}.dense.start_update: the start under an adapter cannot move; train all weights"
+                )
+        contexts = [source for source in (self.data.labeled, self.data.unlabeled) if source and source.columns.context]
+        if (self.prompt.teacher is not None and self.prompt.teacher.privileged is not None) != bool(contexts):
+            raise ValueError(
+                "prompt.teacher.privileged and data.labeled.columns.context (or data.unlabeled's) need each other"
             )
         for name, stage in self.stages.named.items():
             wanted = stage.until is not None and stage.until.metric == "validation"

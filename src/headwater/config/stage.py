@@ -227,6 +227,10 @@ class Stage(Strict):
             )
         if self.length_schedule is not None:
             self._check_length_schedule(self.length_schedule)
+        if self.dense.start_update is not None and self.needs_reference:
+            raise ValueError(
+                "dense.start_update: sparse.kl_coef is a KL to the stage's start, which must then not move; set it to 0"
+            )
         if self.until is not None:
             self._check_metric(self.until.metric)
         if self.minibatches > self.batch_size:

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from headwater.data.sources import LoadedProblems
 from headwater.errors import UserError
-from headwater.types import Verdict, family_of
+from headwater.types import Problem, Verdict, family_of
 
 Grade = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
 """Grades (gold, completion) pairs in order; see `tasks.verifier`."""
@@ -107,3 +108,8 @@ def select_labels(problem_ids: Sequence[str], budget: int | None, seed: int) -> 
     halves = [[name for name in order if half_of(name) == half] for half in (0, 1)]
     first = min(len(halves[0]), max(budget // 2 + budget % 2, budget - len(halves[1])))
     return Pools(tuple(halves[0][:first]), tuple(halves[1][: budget - first]))
+
+
+def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem], Labels]:
+    """A source's problems and labels for all of them."""
+    return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))

@@ -29,6 +29,7 @@ from headwater.data.columns import (
     value_at,
 )
 from headwater.data.contamination import Leak, find_leaks
+from headwater.data.contexts import context_of, states_answer
 from headwater.data.conversations import (
     Conversation,
     encodable,
@@ -63,6 +64,8 @@ class LoadedProblems:
     rows             row numbers of each id, contradictions and leaks included
     leaks            problems that `without_leaks` removed, and why
     unused           filled columns that may belong to the problems and are not read
+    contexts         text for the teacher alone, of problems that have one
+    answer_in_context   ids of problems whose context states the gold answer
 
     Example: `load(Source(path="train.jsonl"), "data.labeled", need_answers=True).gold["9f8b…"]` is `"72"`.
     """
@@ -75,6 +78,8 @@ class LoadedProblems:
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     leaks: tuple[Leak, ...] = ()
     unused: tuple[UnusedColumn, ...] = ()
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    answer_in_context: frozenset[str] = frozenset()
 
 
 def load(
@@ -110,11 +115,14 @@ def load(
     lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
     every: list[ReadRow] = []
     tags: dict[int, str] = {}
+    contexts: dict[int, str] = {}
     unused = dict.fromkeys(beside, 0)
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
+        if source.columns.context is not None and (context := context_of(row, source.columns.context, place)):
+            contexts[number] = context
         conversation = _conversation(row, problem_column, place)
         answer = conversation.reference if answer_column is None else answer_at(row, answer_column)
         choices = choices_of(row) if lists_choices else None
@@ -148,8 +156,12 @@ def load(
     is_text = bool(template) or messages_of(value_at(first[1], problem_column)) is None
     columns = [(name, f"{{{name}}}", rows) for name, rows in unused.items() if rows]
     columns += [(hidden[0].column, hidden[0].fields, len(hidden))] if hidden else []
+    merged = _merged(read, source.path, tags, grader)
+    by_id = {problem.id: contexts[problem.row] for problem in merged.problems if problem.row in contexts}
     return replace(
-        _merged(read, source.path, tags, grader),
+        merged,
+        contexts=by_id,
+        answer_in_context=frozenset(name for name, text in by_id.items() if states_answer(text, merged.gold.get(name))),
         unused=tuple(
             UnusedColumn(name, problem_column, rows, len(every), fields if is_text else None)
             for name, fields, rows in columns

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
-from headwater.doctor import adapter_checks, saving_checks, signal_checks, training_checks
+from headwater.doctor import adapter_checks, saving_checks, signal_checks, tokenizer_checks, training_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
@@ -64,6 +64,7 @@ CHECKS = (
     Check("model folders, configs, tokenizers", models.models_are_readable),
     Check("weights that can be trained", models.trainable_weights),
     Check("token ids of probe strings and problems", models.token_ids, exit_code=2),
+    Check("aligned tokenizers", tokenizer_checks.alignment, exit_code=2),
     Check("vocabulary width", models.vocabulary),
     Check("stop ids of student and teacher", models.stop_sets),
     Check("EOS, padding, turn end", models.end_tokens),

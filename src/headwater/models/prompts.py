@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,8 @@ class Prompter:
     tokenizer: Any
     prompt: Prompt
     day: date | None = None
+    context: str | None = None
+    """Replaces `{context}` in the template."""
 
     @property
     def has_template(self) -> bool:
@@ -71,7 +73,9 @@ class Prompter:
                     "turns from the data"
                 )
             earlier = [("system", self.prompt.system), *earlier]
-        turns = [*earlier, ("user", self.prompt.template.replace("{problem}", question))]
+        texts = {"problem": question} | ({} if self.context is None else {"context": self.context})
+        fields_of_template = re.compile("|".join(rf"\{{{name}\}}" for name in texts))
+        turns = [*earlier, ("user", fields_of_template.sub(lambda name: texts[name[0][1:-1]], self.prompt.template))]
         return [{"role": role, "content": content} for role, content in turns]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
@@ -126,6 +130,17 @@ class Prompter:
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         thinking = frozenset(id_ for id_, content in special.items() if is_thinking_mark(content))
         return thinking, frozenset(special) - thinking
+
+
+def with_context(prompter: Prompter, prompt: Prompt, context: str | None) -> Prompter:
+    """The prompter of a supervising teacher, for a problem with a privileged context; the same for a problem without one."""
+    if context is None or prompt.teacher is None or prompt.teacher.privileged is None:
+        return prompter
+    return replace(
+        prompter,
+        prompt=prompter.prompt.model_copy(update={"template": prompt.teacher.privileged}),
+        context=context,
+    )
 
 
 def spelt_template(problem: Problem) -> str | None:

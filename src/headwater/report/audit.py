@@ -18,6 +18,7 @@ from headwater.config.arms import ARMS, OWN_STAGES, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
+from headwater.report.label_use import labels_shown
 from headwater.report.study import Node, require_run
 from headwater.runs.plan import Node as PlannedNode
 from headwater.runs.plan import last_node
@@ -231,7 +232,8 @@ def halves_apart(files: RunFiles) -> Counted:
 
 
 def dense_without_labels(files: RunFiles) -> Counted:
-    faults, nodes, rollouts = [], 0, 0
+    faults, nodes, rollouts, uses_shown = [], 0, 0, 0
+    privileged = files.recipe.prompt.teacher is not None and files.recipe.prompt.teacher.privileged is not None
     for node, planned in files.nodes.values():
         if planned.kind == "train" and planned.settings is not None and planned.settings.needs_labels:
             continue
@@ -239,15 +241,18 @@ def dense_without_labels(files: RunFiles) -> Counted:
         ledger_rows = [row for row in node.ledger_rows if row["purpose"] in ("train", "measure")]
         checks = sum(row["checks"] for row in ledger_rows)
         labels = {label for row in ledger_rows for label in row["labels"]}
-        if labels or checks:
+        shown = labels_shown(node.rollouts) if planned.kind == "train" else _problems_sampled(node)
+        uses_shown += len(labels & shown) if privileged else 0
+        if (labels - shown if privileged else labels) or checks:
             faults.append(f"{node.name}: its ledger has {len(labels)} labels and {checks} checks")
-        if node.labels_allowed:
+        if node.labels_allowed and not privileged:
             faults.append(f"{node.name}: node.json allows it {node.labels_allowed} labels")
         for step, rows in node.rollouts.items():
             rollouts += len(rows)
             if any(field in row for row in rows for field in VERDICT_FIELDS):
                 faults.append(f"{node.name}: its rollouts of step {step} carry verdicts")
-    return f"{nodes} nodes without sparse reward, {rollouts} rollouts without a verdict", faults
+    seen = f"; {uses_shown} uses of labels that the teacher read in its contexts" if uses_shown else ""
+    return f"{nodes} nodes without sparse reward, {rollouts} rollouts without a verdict{seen}", faults
 
 
 def evals_not_trained(files: RunFiles) -> Counted:
@@ -311,7 +316,7 @@ def _step_faults(node: Node, planned: PlannedNode) -> Iterator[str]:
         where = f"{node.name}, step {row['step']}"
         rollouts = node.rollouts.get(row["step"], [])
         graded = [rollout for rollout in rollouts if "correct" in rollout]
-        labels, ids = set(row["labels"]), {rollout["problem_id"] for rollout in graded}
+        labels, ids = set(row["labels"]), {r["problem_id"] for r in graded} | labels_shown({0: rollouts})
         if not (labels == ids if exact else labels >= ids):
             yield f"{where}: the ledger's labels are not the rollouts' ({_few(labels ^ ids)})"
         if not (row["checks"] == len(graded) if exact else row["checks"] >= len(graded)):

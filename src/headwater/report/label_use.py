@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from headwater.data.labels import half_of
@@ -64,3 +65,8 @@ def label_paths(study: Study) -> list[dict[str, Any]]:
             for (half, names), count in sorted(counts.items())
         ]
     return rows
+
+
+def labels_shown(rollouts: Mapping[int, list[dict[str, Any]]]) -> set[str]:
+    """Problems whose gold answer the teacher read in its context."""
+    return {row["problem_id"] for rows in rollouts.values() for row in rows if row.get("label_shown")}

@@ -225,7 +225,7 @@ def _labels(report: dict[str, Any], arms: Sequence[str]) -> str:
     labels = {arm: report["arms"][arm]["labels"]["distinct"] for arm in arms}
     used = {arm: number for arm, number in labels.items() if number}
     if not used:
-        return "no labels spent"
+        return "no labels used"
     unlabelled = [arm for arm in arms if arm not in used]
     none = f", none on {' and '.join(unlabelled)}" if unlabelled else ""
     if len(set(used.values())) == 1:

@@ -56,11 +56,13 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
         folder.done.unlink(missing_ok=True)  # the cache that it describes is about to be replaced
     fault_points.failpoint("cache.saved")
     keep_rows(folder.ledger, lambda row: True)  # writes the file anew before it grows: another run may share it
+    read_ids = {rollout.problem_id for rollout in (*sampled, *(rollouts if score else ()))}
     tokens_read = [sum(map(len, (r.prompt_ids, r.completion_ids))) for r in (*sampled, *(rollouts if score else ()))]
     record(
         folder.ledger,
         replace(
             context.spend(node),
+            labels=tuple(sorted(read_ids & context.labels_shown(node))),
             tokens_sampled=sum(len(rollout.completion_ids) for rollout in sampled),
             tokens_teacher_scored=tokens_scored,
             flops=teacher.shape.flops(sum(tokens_read), sum(tokens_read) / max(1, len(tokens_read))),

@@ -16,8 +16,9 @@ from transformers import GenerationConfig
 from headwater.config.arm import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
+from headwater.data import contexts
 from headwater.data.columns import FURTHER_ANSWER_COLUMNS
-from headwater.data.labels import Grade, Labels, Pools, select_labels
+from headwater.data.labels import Grade, Labels, Pools, select_labels, with_labels
 from headwater.data.rows import no_such_file
 from headwater.data.sources import LoadedProblems, leak_row, load, without_leaks
 from headwater.errors import UserError
@@ -166,6 +167,12 @@ class RunInputs:
         return tuple(problem.id for problem in self.unlabeled_problems)
 
     @property
+    def contexts(self) -> Mapping[str, str]:
+        """Texts for the teacher alone, by problem id."""
+        unlabeled = self.decontaminated("data.unlabeled").contexts if "data.unlabeled" in self.data_fields else {}
+        return {**unlabeled, **self.labeled.contexts}
+
+    @property
     @read_once("data")
     def problems(self) -> Mapping[str, Problem]:
         """Every labelled and unlabelled problem by id, without answers."""
@@ -291,13 +298,9 @@ class RunInputs:
         return self._loadable(role).tokenizer
 
     @property
-    @read_once("tokenizer")
     def served_tokenizer(self) -> ModelFolder | None:
         """Folder of a served teacher's tokenizer, where it is not the student's."""
-        models = self.recipe.models
-        if models.teacher_tokenizer is None:
-            return None
-        return ModelFolder.open(models.teacher_tokenizer, "models.teacher_tokenizer", models.trust_remote_code)
+        return None if self.recipe.models.teacher_tokenizer is None else self.model_folder("teacher_tokenizer")
 
     def _loadable(self, role: str) -> ModelFolder:
         """The files of a role's model; an unreachable hub is reported once, and not as damage to each file."""
@@ -381,6 +384,7 @@ class RunInputs:
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
+            "contexts": contexts.fingerprint(self.contexts),
             "validation": None if validation is None else _graded(*validation),
             "evals": {name: _graded(*held_out) for name, held_out in self.evals.items()},
         }
@@ -388,11 +392,6 @@ class RunInputs:
 
 def _no_labels(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
     raise AssertionError("a recipe without labelled problems graded a completion")
-
-
-def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem], Labels]:
-    """A source's problems and labels for all of them."""
-    return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
 
 
 def _graded(problems: Sequence[Problem], labels: Labels) -> list[str]:

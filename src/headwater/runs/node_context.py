@@ -11,15 +11,15 @@ from typing import Any
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import TrainingStoppedError
+from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
-from headwater.models.prompts import Prompter
+from headwater.models.prompts import Prompter, with_context
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, base_of
+from headwater.runs.plan import Node, Plan, Role, base_of, reads_contexts
 from headwater.runs.tokenizers import token_pair
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
@@ -85,23 +85,38 @@ class NodeContext:
 
     def teacher(self, source: Role | Node, node: Node) -> Supervisor:
         """Load a model that supervises a node's stage. It reads words and token ids of its own where the recipe gives it some."""
+        return self.in_own_words(self.frozen(source, node.settings), base_of(source), node)
+
+    def in_own_words(self, model: Teacher, role: Role, node: Node) -> Supervisor:
+        """A model of this role that supervises a node's stage, behind the prompts and token ids that it reads there."""
         assert node.settings is not None
-        inputs, model = self.inputs, self.frozen(source, node.settings)
-        own_words = inputs.recipe.prompt.teacher is not None and node.learner == "student"
-        if not (own_words or node.aligns_tokenizers):
+        inputs = self.inputs
+        own_prompt = inputs.recipe.prompt.teacher is not None and node.learner == "student"
+        if not (own_prompt or node.aligns_tokenizers):
             return model
-        pair = token_pair(inputs, node.learner, base_of(source)) if node.aligns_tokenizers else None
+        pair = token_pair(inputs, node.learner, role) if node.aligns_tokenizers else None
         prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
+        contexts = inputs.contexts if node.learner == "student" else {}
+
+        def prompt_ids(name: str) -> tuple[int, ...]:
+            return with_context(prompter, inputs.recipe.prompt, contexts.get(name)).ids(problems[name])
+
         width = int(inputs.config(node.learner).get_text_config().vocab_size)
         return TranslatedTeacher(
             model=model,
-            prompt_ids=cache(lambda name: prompter.ids(problems[name])),
+            prompt_ids=cache(prompt_ids),
             pair=pair,
             form=form_of(node.settings.dense),
             tokenizer=inputs.tokenizer(node.learner),
             vocabulary=model.vocabulary if pair is None else width,
             make_sampler=inputs.sampler,
         )
+
+    def labels_shown(self, node: Node) -> frozenset[str]:
+        """Problems whose gold answer the teacher of a node's rollouts reads in its context."""
+        teacher = self.inputs.recipe.prompt.teacher
+        reads = teacher is not None and teacher.privileged is not None and reads_contexts(node)
+        return self.inputs.labeled.answer_in_context if reads else frozenset()
 
     def trainee(self, node: Node) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""
@@ -110,8 +125,18 @@ class NodeContext:
         return self.load(node.start, frozen=False, adapter=adapter)
 
     def reference(self, node: Node, policy: Policy) -> Policy:
-        """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy."""
-        return self.load(node.start, frozen=True) if policy.adapter is None else policy.reference()
+        """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy.
+
+        A copy that follows the policy (`dense.start_update`) is in float32, as the policy is: a small change would be rounded away.
+        """
+        if policy.adapter is not None:
+            return policy.reference()
+        assert node.settings is not None
+        if node.settings.dense.start_update is not None and not policy.ranks.single_process:
+            raise UserError(f"stages.{node.stage}.dense.start_update: runs in one process; leave torchrun out")
+        reference = self.load(node.start, frozen=node.settings.dense.start_update is None)
+        reference.model.requires_grad_(False).eval()
+        return reference
 
     def steps(self, node: Node) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""

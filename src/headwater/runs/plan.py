@@ -329,11 +329,18 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
             stage.dense.divergence,
             recipe.models.teacher_tokenizer,
         ]
+    if recipe.prompt.teacher is not None and recipe.prompt.teacher.privileged is not None and reads_contexts(node):
+        fields["contexts"] = content["contexts"]
     if "day" in content and (day := content["day"](node.role)) is not None:
         fields["day"] = day
     if lora is not None:
         fields["lora"] = lora.model_dump(mode="json", exclude={"roles"})
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
+
+
+def reads_contexts(node: Node) -> bool:
+    """Whether its teacher supervises the student, and so reads privileged contexts where there are some."""
+    return node.learner == "student" and node.settings is not None and node.settings.needs_teacher
 
 
 def _relevant_settings(node: Node) -> Any:

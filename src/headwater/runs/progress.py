@@ -57,14 +57,21 @@ class Rate(ProgressColumn):
         return Text("" if not task.speed or "left" in task.fields else f"{task.speed:.3g}/s", style="dim")
 
 
+class Count(MofNCompleteColumn):
+    """Units done of all; nothing for work that is not counted."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
 class TimeLeft(TimeRemainingColumn):
-    """Time left as estimated by the schedule, or for the remaining units at the rate so far."""
+    """Time left as estimated by the schedule, or for the remaining units at the rate so far; nothing for work that is not counted."""
 
     def render(self, task: Task) -> Text:
         if "left" in task.fields:
             left = task.fields["left"]
-            return Text("-" if left is None else in_words(left), style="cyan")
-        return super().render(task)
+            return Text.assemble("left ", ("-" if left is None else in_words(left), "cyan"))
+        return Text() if task.total is None else Text.assemble("left ", super().render(task))
 
 
 def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDisplay:
@@ -200,8 +207,8 @@ class Log:
 def columns(wide: bool) -> list[ProgressColumn]:
     """Columns of a progress bar; a narrow terminal has no room for bar, rate and metrics. One column takes the remaining width."""
     rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    counts = [MofNCompleteColumn(), TextColumn("{task.fields[unit]}")]
-    times = [TimeElapsedColumn(), TextColumn("left"), TimeLeft()]
+    counts = [Count(), TextColumn("{task.fields[unit]}")]
+    times = [TimeElapsedColumn(table_column=Column(min_width=7, no_wrap=True)), TimeLeft()]
     if not wide:
         return [TextColumn("{task.description}", table_column=rest), *counts, *times]
     metrics = TextColumn("[dim]{task.fields[metrics]}", table_column=rest)

@@ -143,8 +143,8 @@ class StageMeasurements:
         source = supervisor(self.node)
         assert source is not None
         teacher = self.load_teacher(source)
-        if isinstance(teacher, TranslatedTeacher):  # whatever the loss compares, C2 is a KL
-            teacher = replace(teacher, form="shared" if teacher.form == "shared" else "prefix")
+        if isinstance(teacher, TranslatedTeacher) and teacher.form in ("spans", "sorted"):
+            teacher = replace(teacher, form="prefix")  # whatever the loss compares, C2 is a KL
         return teacher, self._sample(teacher, "teacher")
 
     @cached_property

@@ -18,7 +18,7 @@ from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals, start_final_evaluation
 from headwater.runs.node_context import LoadTeacher, NodeContext
-from headwater.runs.plan import Node, scorers
+from headwater.runs.plan import Node, base_of, scorers
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.build import importance_cap
 from headwater.storage import fault_points
@@ -33,6 +33,7 @@ from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoin
 from headwater.training.early_stopping import PlateauMonitor
 from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes, unchanged_teacher
 from headwater.training.loop import Source, StepResult, train_steps
+from headwater.training.moving_copy import MovingCopy
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
 from headwater.training.update import make_optimizer
 
@@ -80,10 +81,16 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     stage, recipe, folder, progress = node.settings, context.inputs.recipe, context.node_dir(node), context.progress
     objective = objective_of(stage, importance_cap(recipe))
     load_teacher: LoadTeacher = cache(partial(context.teacher, node=node))
-    source = rollout_source(node, context, policy, objective, load_teacher)
+    reference = context.reference(node, policy) if uses_reference(node, objective) else None
+    copy = (
+        None
+        if stage.dense.start_update is None or reference is None
+        else MovingCopy(reference.model, stage.dense.start_update)
+    )
+    source = rollout_source(node, context, policy, objective, reference, load_teacher)
     measurements = StageMeasurements(node, context, policy, load_teacher)
     optimizer = make_optimizer(policy, stage.optim)
-    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks)
+    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks, copy)
     fault_points.failpoint("stage.loaded")
     folder.cut_back_to(done if done else -1)
     prune(folder)  # a process killed right after its last checkpoint has not pruned
@@ -118,12 +125,14 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     marks = logs.marks()
     ended = measure(done)
     if done and logs.marks() != marks:  # an interrupt had left it out: the checkpoint refers to it as any other does
-        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks)
+        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks, copy)
     if ended and done:
         return done
     for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
         step = result.step
         row, stopped = result.metrics, result.stopped
+        if copy is not None and stopped is None:
+            copy.follow(policy.model, step)
         error = None if stopped is None else TrainingStoppedError(f"step {step} of {steps}: {stopped}")
         if error is None:
             try:
@@ -149,7 +158,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
         fault_points.failpoint("step.ended")
         stop = stop or progress.should_stop()
         if last or stop or why or (stage.checkpoint_every and step % stage.checkpoint_every == 0):
-            save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks)
+            save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks, copy)
         if why:
             raise TrainingStoppedError(f"step {step} of {steps}: {why}")
         if last:
@@ -160,7 +169,12 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
 
 
 def rollout_source(
-    node: Node, context: NodeContext, policy: Policy, objective: Objective, load_teacher: LoadTeacher
+    node: Node,
+    context: NodeContext,
+    policy: Policy,
+    objective: Objective,
+    reference: Policy | None,
+    load_teacher: LoadTeacher,
 ) -> Source:
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
     assert node.settings is not None and node.pool is not None
@@ -171,8 +185,8 @@ def rollout_source(
         folder.refuse_damage(f"{folder.cache.name}/")
         prompts = inputs.prompts(node.pool, stage)
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
-    reference = context.reference(node, policy) if uses_reference(node, objective) else None
-    teacher = stage_teacher(node, policy, reference, load_teacher) if "teacher" in objective.signals else None
+    start = None if reference is None else context.in_own_words(reference, base_of(node.start), node)
+    teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
     prompter = context.prompter(node, policy)
     prompts = inputs.prompts(node.pool, stage)
     if stage.grades_spent_labels:
@@ -198,6 +212,7 @@ def rollout_source(
         reference=reference if "reference" in objective.signals else None,
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
+        labels_shown=context.labels_shown(node),
     )
 
 
@@ -214,14 +229,14 @@ def uses_reference(node: Node, objective: Objective) -> bool:
 
 
 def stage_teacher(
-    node: Node, policy: Policy, reference: Policy | None, load_teacher: LoadTeacher
+    node: Node, policy: Policy, start: Supervisor | None, load_teacher: LoadTeacher
 ) -> Supervisor | ComposedTeacher | None:
     """The model that scores a stage's rollouts, or the combination of several; None without one.
 
     Raises UserError where vocabularies have different widths.
     """
     sources = scorers(node)
-    models = [reference if source == node.start else load_teacher(source) for source in sources]
+    models = [start if source == node.start else load_teacher(source) for source in sources]
     loaded = tuple(model for model in models if model is not None)
     for model in loaded:
         refuse_different_widths(policy, model, ("models.student", "models.teacher"))
@@ -274,6 +289,8 @@ def write_rollouts(node: Node, context: NodeContext, result: StepResult, objecti
     parts = policy.ranks.all_gather(own) if shown else []
     signals = {i: signal for part in parts for i, signal in part.items()}
     lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
+    shown_labels = context.labels_shown(node) if objective.source == "policy" else frozenset()
+    lines = [line | ({"label_shown": True} if line["problem_id"] in shown_labels else {}) for line in lines]
     folder.keep(result.step, folder.rollouts(result.step), lines)
 
 
@@ -295,7 +312,9 @@ def label_note(node: Node, context: NodeContext) -> dict[str, Any] | None:
     """The labels that a stage may look at: {"pool", "distinct_allowed"}; None for a node that does not train."""
     if node.kind != "train" or node.settings is None or node.pool is None:
         return None
-    allowed = len(context.inputs.pool(node.pool)) if node.settings.needs_labels else 0
+    pool = context.inputs.pool(node.pool)
+    shown = context.labels_shown(node) & set(pool) if node.settings.on_policy else ()
+    allowed = len(pool) if node.settings.needs_labels else len(shown)
     return {"pool": node.pool, "distinct_allowed": allowed}
 
 

@@ -21,6 +21,7 @@ from headwater.errors import UserError
 from headwater.storage import fault_points
 from headwater.storage.files import ASIDE, Logs, file_sums, first_damaged
 from headwater.storage.run_dir import NodeDir, atomic_folder, read_json, write_json
+from headwater.training.moving_copy import MovingCopy
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest may turn out to be damaged."""
@@ -33,6 +34,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     logs: Logs | None = None,
     ranks: ProcessGroup = SINGLE_PROCESS,
+    copy: MovingCopy | None = None,
 ) -> None:
     """Write a checkpoint after `step` finished steps, then delete all but the last two.
 
@@ -49,6 +51,8 @@ def save_checkpoint(
     with atomic_folder(node.checkpoint(step)) as folder:
         if ranks.single_process:
             write_single_process(folder, model, optimizer)
+            if copy is not None:
+                copy.save(folder)
         else:
             ranks.broadcast(str(folder.resolve()))
             checkpoint_io.save(folder, model, optimizer, ranks)
@@ -103,6 +107,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None] = lambda line: None,
     ranks: ProcessGroup = SINGLE_PROCESS,
+    copy: MovingCopy | None = None,
 ) -> int:
     """Load the newest intact checkpoint into model and optimizer; return its number of finished steps, 0 without one.
 
@@ -115,6 +120,8 @@ def load_checkpoint(
     folder = Path(chosen)
     state = read_json(folder / "state.json")
     checkpoint_io.load(folder, state, model, optimizer, ranks)
+    if copy is not None:
+        copy.load(folder)
     return int(state["step"])
 
 

@@ -108,6 +108,8 @@ class PolicyRollouts:
     reference: Policy | None
     budget: BatchBudget
     parts: int = 1
+    labels_shown: frozenset[str] = frozenset()
+    """Problems whose gold answer the teacher reads in its prompt: scoring their rollouts uses a label."""
 
     def __call__(self, step: int) -> StepBatch:
         sampled: list[Row] = []
@@ -150,7 +152,7 @@ class PolicyRollouts:
         return StepBatch(
             rows,
             metrics,
-            labels=() if self.labels is None else tuple(sorted(problems)),
+            labels=tuple(sorted(problems if self.labels is not None else problems & self.labels_shown)),
             checks=0 if self.labels is None else len(sampled),
             tokens_sampled=sum(row.tokens for row in sampled),
             tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in scored),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,10 +12,13 @@ import pytest
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
+from headwater.losses import batch
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
+from headwater.tasks.registry import TASKS
 from headwater.training.update import update
-from runs import assert_same, load_json, node, rows, tiny
+from headwater.types import problem_id
+from runs import assert_same, call, load_json, node, rows, tiny
 from serving import Answering, serving
 from tiny import CPU, MODELS, tiny_model
 from tools.pretrain.pocket import make_tokenizer
@@ -160,8 +164,163 @@ def test_teacher_reads_its_own_words(tmp_path: Path) -> None:
             "needs the teacher's whole distribution",
         ),
         (("prompt.teacher={template: hello}",), "template must contain {problem}"),
+        (("stages.opd.dense.start_update={every: 2}",), "needs start in teacher_weights"),
+        (("stages.opd.dense={teacher_weights: {start: 1}, start_update: {}}",), "give either every or decay"),
+        (
+            ("stages.opd.dense={teacher_weights: {start: 1}, start_update: {every: 2}}", "models.lora={r: 2}"),
+            "the start under an adapter cannot move",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(changes: tuple[str, ...], message: str, tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
     assert result.code == 2 and message in result.err
+
+
+def test_doctor_measures_pair_and_names_unequal_prompts(pairs_teacher: Path, tmp_path: Path) -> None:
+    changes = (f"models.teacher={pairs_teacher}", *ALIGNED, "prompt.teacher={template: '{problem} '}")
+    result = tiny("doctor", tmp_path / "out", "--arm", "raw_teacher", changes=changes, whole=True)
+    assert "note tokenizers-aligned: models.student and models.teacher: 100.0% of the tokens" in result.out
+    assert "100.0% of the student's vocabulary is the teacher's too; 0 texts are not given back" in " ".join(
+        result.out.split()
+    )
+    assert "note prompts-differ" in result.out
+    equal = tiny("doctor", tmp_path / "out", "--arm", "raw_teacher", changes=ALIGNED, whole=True)
+    assert "note tokenizers-equal" in equal.out
+
+
+# Privileged contexts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def solved_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums with a worked solution; those of every second row state the answer, the others end before it."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    pairs = TASKS["sums"].generator.make(64, "train", 0, TASKS["sums"].generator.dials())  # type: ignore[union-attr]
+    rows_ = [
+        {"problem": text, "answer": answer, "hint": f"={answer};" if index % 2 else "=+;"}
+        for index, (text, answer) in enumerate(pairs)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows_)))
+    return path
+
+
+def privileged(path: Path, *more: str) -> tuple[str, ...]:
+    return (
+        f"data.labeled={{path: {path}, columns: {{context: hint}}}}",
+        "prompt.teacher={privileged: '{problem}{context}'}",
+        *more,
+    )
+
+
+def test_labels_in_contexts_are_charged_and_audited(solved_problems: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = tiny("run", out, "--arm", "raw_teacher", changes=privileged(solved_problems))
+    assert result.code == 0, result.err
+    stated = {problem_id(row["problem"]) for index, row in enumerate(rows(solved_problems)) if index % 2}
+    ledger = [row for row in rows(out / "ledger.jsonl") if row["purpose"] == "train"]
+    used = {
+        stage: {label for row in ledger if row["stage"] == stage for label in row["labels"]}
+        for stage in ("teacher_rollouts", "warmup", "opd")
+    }
+    assert used["teacher_rollouts"] and used["opd"] and not used["warmup"]
+    assert used["teacher_rollouts"] | used["opd"] <= stated
+    assert len(used["teacher_rollouts"] | used["opd"]) <= 16  # labels.budget
+    assert all(row["checks"] == 0 for row in ledger)
+    report = load_json(out / "report.json")["arms"]["raw_teacher"]
+    assert report["labels"]["distinct"] == len(used["teacher_rollouts"] | used["opd"])
+    audit = call("report", out, "--audit")
+    assert audit.code == 0 and "uses of labels that the teacher read in its contexts" in audit.out
+    # A ledger that hides them does not pass.
+    opd = node(out, "raw_teacher", "opd") / "ledger.jsonl"
+    opd.write_text("\n".join(json.dumps({**row, "labels": []}) for row in rows(opd)) + "\n")
+    assert call("report", out, "--audit").code != 0
+
+
+def test_student_prompts_never_hold_contexts(solved_problems: Path, tmp_path: Path) -> None:
+    """Every prompt that the student samples or trains on, against those of a run without contexts."""
+    prompts: dict[str, set[tuple[int, ...]]] = {"with": set(), "without": set()}
+    plain, packed = f"data.labeled={{path: {solved_problems}}}", batch.collate_packed
+    for name, changes in (("with", privileged(solved_problems)), ("without", (plain,))):
+
+        def recorded(rows_: Any, *args: Any, name: str = name) -> Any:
+            prompts[name] |= {row.rollout.prompt_ids for row in rows_}
+            return packed(rows_, *args)
+
+        with mock.patch("headwater.models.policy.collate_packed", recorded):
+            assert (
+                tiny("run", tmp_path / name, "--arm", "raw_teacher", changes=(*changes, "conditions.problems=0")).code
+                == 0
+            )
+    teacher_only = prompts["with"] - prompts["without"]
+    equals = make_tokenizer().get_vocab()["="]
+    assert prompts["without"] <= prompts["with"] and teacher_only
+    assert all(equals not in ids for ids in prompts["without"]) and all(equals in ids for ids in teacher_only)
+    cached = rows(node(tmp_path / "with", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
+    assert all(equals not in row["prompt_ids"] for row in cached)
+
+
+def test_student_at_its_start_teaches_itself_with_context(solved_problems: Path, tmp_path: Path) -> None:
+    changes = privileged(
+        solved_problems, "stages.opd.dense.teacher_weights={start: 1}", "models.lora={r: 2, roles: [student]}"
+    )
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "opd_only", changes=(*changes, "stages.opd.steps=3")).code == 0
+    metrics = rows(node(out, "opd_only", "opd") / "metrics.jsonl")
+    assert metrics[0]["kl_student_teacher"] > 0.01 and metrics[0]["grad_norm"] > 0
+    labels = [row["labels"] for row in rows(node(out, "opd_only", "opd") / "ledger.jsonl") if row["purpose"] == "train"]
+    assert any(labels)
+
+
+@pytest.mark.parametrize("update_rule", ["{every: 2}", "{decay: 0.5}"])
+def test_teacher_follows_student_and_killed_run_resumes_bit_for_bit(
+    update_rule: str, solved_problems: Path, tmp_path: Path
+) -> None:
+    changes = privileged(
+        solved_problems,
+        f"stages.opd.dense={{teacher_weights: {{start: 1}}, start_update: {update_rule}}}",
+        "stages.opd.steps=5",
+        "stages.opd.checkpoint_every=2",
+        "stages.teacher_rl.steps=1",
+    )
+    whole, again, still = tmp_path / "whole", tmp_path / "again", tmp_path / "still"
+    assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
+    calls = itertools.count(1)
+
+    def update_until_killed(*args: Any) -> Any:
+        if next(calls) == 5:  # one step of teacher RL, then the fourth of OPD
+            raise Killed
+        return update(*args)
+
+    with mock.patch("headwater.training.loop.update", update_until_killed), pytest.raises(Killed):
+        tiny("run", again, "--arm", "opd_only", changes=changes)
+    assert tiny("run", again, "--arm", "opd_only", changes=changes).code == 0
+    assert_same(again, whole)
+    fixed = [change.replace(f", start_update: {update_rule}", "") for change in changes]
+    assert tiny("run", still, "--arm", "opd_only", changes=fixed).code == 0
+    moving, resting = (rows(node(out, "opd_only", "opd") / "metrics.jsonl") for out in (whole, still))
+    assert moving[0]["kl_student_teacher"] == resting[0]["kl_student_teacher"]
+    assert moving[4]["kl_student_teacher"] != resting[4]["kl_student_teacher"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("prompt.teacher={privileged: '{problem}{context}'}",), "need each other"),
+        (("prompt.teacher={privileged: '{problem}'}",), "privileged must contain {context}"),
+        (("data.labeled={path: DATA, columns: {context: hint}}",), "need each other"),
+        (
+            (
+                "data.labeled={path: DATA, columns: {context: gone}}",
+                "prompt.teacher={privileged: '{problem}{context}'}",
+            ),
+            "has no column 'gone'",
+        ),
+    ],
+)
+def test_incomplete_contexts_are_refused(
+    changes: tuple[str, ...], message: str, solved_problems: Path, tmp_path: Path
+) -> None:
+    filled = [change.replace("DATA", str(solved_problems)) for change in changes]
+    result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=filled)
+    assert result.code == 2 and message in result.err, result.err

@@ -67,7 +67,10 @@ class StageRun:
         policy = tiny_policy()
         node = Node("train", "student_rl", "student", 7, "student", pool="all", settings=STAGE)
         labels = Labels({name: name for name in IDS}, self.grade, len(IDS))
-        prompter = partial(Prompter, prompt=recipe.prompt)
+
+        def prompter(tokenizer: Any, role: str = "student") -> Prompter:
+            return Prompter(tokenizer, recipe.prompt)
+
         source = PolicyRollouts(
             policy=policy,
             stage=STAGE,

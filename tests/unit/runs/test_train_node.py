@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -78,7 +77,10 @@ class Driver:
             inputs=cast(
                 RunInputs,
                 SimpleNamespace(
-                    recipe=RECIPE, evals={}, validation=None, prompter=partial(Prompter, prompt=RECIPE.prompt)
+                    recipe=RECIPE,
+                    evals={},
+                    validation=None,
+                    prompter=lambda tokenizer, role: Prompter(tokenizer, RECIPE.prompt),
                 ),
             ),
             out=cast(RunDir, SimpleNamespace(node=lambda name: self.node)),

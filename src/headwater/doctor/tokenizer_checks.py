@@ -1,0 +1,51 @@
+"""Doctor checks of pairs of models with different tokenizers; no weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding, error, note, warning
+from headwater.doctor.model_checks import compared_texts
+from headwater.models.pair_figures import measure
+from headwater.models.tokenizer import PROBES
+from headwater.runs.tokenizers import token_pair
+
+MIN_ALIGNED, MIN_SHARED, MAX_LOST = 0.9, 0.05, 0.1
+"""Least shares of aligned tokens and of common vocabulary, and largest share of texts that are not given back, of a useful pair."""
+
+
+def alignment(context: DoctorContext) -> Iterator[Finding]:
+    """How well the tokenizers of a student and a teacher fit each other, where the recipe aligns them."""
+    texts = compared_texts(context) or list(PROBES)
+    for (learner, teacher), stages in context.aligned_pairs.items():
+        fields, pair = f"models.{learner} and models.{teacher}", token_pair(context.inputs, learner, teacher)
+        where = " and ".join(f"stages.{stage}.dense.tokenizers" for stage in dict.fromkeys(stages))
+        if pair is None:
+            yield note(
+                "tokenizers-equal",
+                f"{fields}: have one tokenizer; {where} changes nothing",
+                "leave it out",
+            )
+            continue
+        figures = measure(pair, texts)
+        evidence = f"{fields}: {figures.sentence()}"
+        if not figures.aligned:
+            yield error(
+                "tokenizers-unalignable",
+                evidence,
+                "choose another teacher: no text of this data can be compared",
+            )
+        elif (
+            figures.aligned < MIN_ALIGNED
+            or figures.shared < MIN_SHARED
+            or figures.not_reversible + figures.unread > MAX_LOST * figures.texts
+        ):
+            yield warning(
+                "tokenizers-far-apart",
+                f"{evidence}; a pair is worth it from {MIN_ALIGNED:.0%} aligned tokens and {MIN_SHARED:.0%} common vocabulary on, with "
+                f"at most {MAX_LOST:.0%} of the texts lost",
+                "choose a teacher whose tokenizer gives these texts back, such as byte-level BPE",
+            )
+        else:
+            yield note("tokenizers-aligned", evidence, "nothing")
