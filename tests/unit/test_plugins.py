@@ -163,7 +163,9 @@ def test_name_of_gives_importable_name(plugin: Path) -> None:
     assert isinstance(function, FunctionType)
     assert plugins.name_of(function, "task") == "my_plugin:same_case"
     assert read_recipe("pocket", {"task": function}).task == "my_plugin:same_case"
-    assert read_recipe({**read_recipe("pocket").model_dump(mode="json"), "task": function}).task == "my_plugin:same_case"
+    assert (
+        read_recipe({**read_recipe("pocket").model_dump(mode="json"), "task": function}).task == "my_plugin:same_case"
+    )
 
 
 def test_name_of_refuses_functions_without_importable_name() -> None:
