@@ -15,7 +15,17 @@ from forked_runs import warm_runs
 from headwater.report import build as report
 from headwater.storage import fault_points
 from runs import environment, program
-from tests.integration.test_faults import FILES, KILLED, check_damaged_file, go, one_sentence, undisturbed, whole
+from tests.integration.test_faults import (
+    FILES,
+    KILLED,
+    REFUSED,
+    check_damaged_files,
+    check_refused_file,
+    go,
+    one_sentence,
+    undisturbed,
+    whole,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -54,7 +64,10 @@ MAY_BE_MISSING = {"opd/DONE", "base_student/DONE", "plan.json", "recipe.json"}
     [(name, how) for name in FILES for how in ("cut", "removed") if how == "cut" or name not in MAY_BE_MISSING],
 )
 def test_truncated_or_removed_file_is_detected(name: str, how: str, tmp_path: Path) -> None:
-    check_damaged_file(name, how, tmp_path)
+    if FILES[name] == REFUSED:
+        check_refused_file(name, how, tmp_path)
+    else:
+        check_damaged_files([name], how, tmp_path)
 
 
 def test_run_killed_repeatedly_at_random_fault_points_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ The fast part; `make chaos` runs the rest (test_chaos.py). `chaos.differing` com
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -264,24 +265,26 @@ def test_unwritable_output_folder_is_refused_and_left_unchanged(tmp_path: Path) 
 # Signals, errors, other processes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["int", "term"])
-@pytest.mark.parametrize(
-    ("point", "stage", "unfinished"),
-    [("step.begun:4", "warmup", True), ("node.described:1", "base_student", True), ("node.described:4", "teacher_rollouts", True),
-     ("run.planned:1", "base_student", True), ("evaluation.begun:3", "teacher_rl", True), ("report.begun:1", "student_rl", False)],
+INTERRUPTS = (  # of one run after the other, which each resume the last one: point, stage there, whether it is unfinished then
+    ("run.planned:1", "base_student", True), ("node.described:1", "base_student", True), ("evaluation.begun:3", "teacher_rl", True),
+    ("node.described:2", "teacher_rollouts", True), ("step.begun:2", "warmup", True), ("report.begun:1", "student_rl", False),
 )  # fmt: skip
-def test_interrupted_run_exits_130_and_resumes_bit_for_bit(
-    kind: str, point: str, stage: str, unfinished: bool, tmp_path: Path
-) -> None:
+
+
+@pytest.mark.parametrize("kind", ["int", "term"])
+def test_interrupted_runs_exit_130_and_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """Training stops after the current step, with a checkpoint; a cache or an evaluation stops at once and is repeated."""
     out = tmp_path / "out"
-    result = go(out, f"{point}={kind}")
-    assert result.code == 130 and "Traceback" not in result.err
-    assert f"headwater: interrupted; the same command with --out {out} resumes" in result.err
-    where = list(out.glob(f"nodes/{stage}.*"))
-    assert any((path / "DONE").exists() for path in where) != unfinished
-    if point.startswith("step"):  # the fourth: the second of two of the warm-up
-        assert {path.name for path in (where[0] / "checkpoint").iterdir()} == {"000001", "000002"}
+    for point, stage, unfinished in INTERRUPTS:
+        result = go(out, f"{point}={kind}")
+        assert result.code == 130 and "Traceback" not in result.err, point
+        assert f"headwater: interrupted; the same command with --out {out} resumes" in result.err
+        where = list(out.glob(f"nodes/{stage}.*"))
+        assert any((path / "DONE").exists() for path in where) != unfinished, point
+        if stage in ("teacher_rl", "teacher_rollouts", "warmup"):
+            assert len(where) == 1, point  # the interrupt came in this stage, not before it
+        if point.startswith("step"):  # the second of two of the warm-up
+            assert {path.name for path in (where[0] / "checkpoint").iterdir()} == {"000001", "000002"}
     assert go(out).code == 0
     assert differing(out, whole()) == []
 
@@ -345,39 +348,78 @@ def path_of(out: Path, name: str) -> Path:
     )
 
 
-def check_damaged_file(name: str, how: str, folder: Path) -> None:
-    """Damage one file of a finished run, run again, and assert the outcome of FILES."""
-    out = copied(folder)
-    path = path_of(out, name)
+def damage(path: Path, how: str) -> None:
     if how == "flipped":
-        flip(path, 0.5 if name == "recipe.json" else 0.1)  # the first fields may change on resume and are rewritten
+        flip(
+            path, 0.5 if path.name == "recipe.json" else 0.1
+        )  # the first fields may change on resume and are rewritten
     elif how == "cut":
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content[: len(content) // 3])
     else:
         path.unlink()
+
+
+def rounds() -> list[tuple[str, ...]]:
+    """The files that a run mends, of each folder one in a round, so that every one is noticed for itself."""
+    folders: dict[str, list[str]] = {}
+    for name, outcome in FILES.items():
+        if outcome != REFUSED:
+            folders.setdefault(name.partition("/")[0], []).append(name)
+    return [tuple(name for name in names if name) for names in itertools.zip_longest(*folders.values())]
+
+
+def check_damaged_files(names: Sequence[str], how: str, folder: Path) -> None:
+    """Damage files of a finished run, run again, and assert that they are as they were."""
+    out = copied(folder)
+    for name in names:
+        damage(path_of(out, name), how)
     result = go(out)
-    if FILES[name] == REFUSED:
-        assert result.code == 2, (result.code, result.err)
-        what = "recipe" if name == "recipe.json" and how == "flipped" else str(path)
-        assert what in one_sentence(result)
-        return
     assert result.code == 0, result.err
-    if FILES[name] == RECOMPUTED:
-        assert f"{path}: is damaged; " in result.err.replace("\n", "")
+    for name in names:
+        noted = f"{path_of(out, name)}: is damaged; " in result.err.replace("\n", "")
+        assert noted or FILES[name] == REWRITTEN, name
     assert differing(out, whole()) == []
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_flipped_bit_is_detected_in_every_file(name: str, tmp_path: Path) -> None:
-    check_damaged_file(name, "flipped", tmp_path)
+def check_refused_file(name: str, how: str, folder: Path) -> None:
+    """Damage one file of a finished run, run again, and assert that the refusal names it."""
+    out = copied(folder)
+    path = path_of(out, name)
+    damage(path, how)
+    result = go(out)
+    assert result.code == 2, (result.code, result.err)
+    what = "recipe" if name == "recipe.json" and how == "flipped" else str(path)
+    assert what in one_sentence(result)
+
+
+def test_every_file_is_damaged_in_some_test() -> None:
+    refused = [name for name, outcome in FILES.items() if outcome == REFUSED]
+    assert sorted([*refused, *(name for names in rounds() for name in names)]) == sorted(FILES)
+
+
+@pytest.mark.parametrize("names", rounds(), ids=lambda names: names[0])
+def test_flipped_bit_is_detected_and_file_mended(names: Sequence[str], tmp_path: Path) -> None:
+    check_damaged_files(names, "flipped", tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, outcome in FILES.items() if outcome == REFUSED])
+def test_flipped_bit_in_file_without_copy_is_refused(name: str, tmp_path: Path) -> None:
+    check_refused_file(name, "flipped", tmp_path)
+
+
+@cache
+def killed_in_opd() -> Path:
+    """A run killed in its OPD after the second of three steps."""
+    out = temporary() / "killed"
+    assert go(out, "step.kept:7=kill").code == KILLED  # 2 of teacher_rl, 2 of warmup, and the third of opd
+    return out
 
 
 def unfinished(folder: Path) -> tuple[Path, Path]:
-    """A run killed in its OPD after the second of three steps, with two checkpoints and a partly written third step."""
-    out = folder / "out"
-    assert go(out, "step.kept:7=kill").code == KILLED  # 2 of teacher_rl, 2 of warmup, and the third of opd
+    """A copy of that run, with two checkpoints and a partly written third step of OPD."""
+    out = Path(shutil.copytree(killed_in_opd(), folder / "out"))
     opd = next(out.glob("nodes/opd.*"))
     assert sorted(path.name for path in (opd / "checkpoint").iterdir()) == ["000001", "000002"]
     return out, opd

@@ -8,31 +8,39 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 LINES = [
     line.strip()
     for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     if "$(PY) tests/support/" in line
 ]
+# Print the help of each program of the arguments, as Python would start it, in one process: the imports take most of the time.
+HELP = """
+import pathlib, runpy, sys
+path = list(sys.path[1:])  # without the folder of this program
+for program in sys.argv[1:]:
+    sys.path[:], sys.argv = [str(pathlib.Path(program).resolve().parent), *path], [program, "--help"]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print("ended", program, end.code)
+"""
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_makefile_program_starts(line: str) -> None:
-    match = re.fullmatch(r"PYTHONPATH=(\S+) \$\(PY\) (tests/support/\w+\.py)( .*)?", line)
-    assert match is not None, line
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, match[2], "--help"],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": match[1]},
-        capture_output=True,
-        text=True,
-    )
+def test_makefile_programs_start_and_know_their_options() -> None:
+    options: dict[str, set[str]] = {}
+    for line in LINES:
+        match = re.fullmatch(r"PYTHONPATH=\. \$\(PY\) (tests/support/\w+\.py)( .*)?", line)
+        assert match is not None, line
+        options.setdefault(match[1], set()).update(re.findall(r"--\w+", match[2] or ""))
+    environment = {**os.environ, "PYTHONPATH": "."}
+    words = [sys.executable, "-c", HELP, *options]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    for option in re.findall(r"--\w+", match[3] or ""):
-        assert option in done.stdout
+    helps = re.split(r"^ended ", done.stdout, flags=re.MULTILINE)
+    assert [text.splitlines()[0] for text in helps[1:]] == [f"{program} 0" for program in options], done.stderr
+    for program, text in zip(options, helps, strict=False):
+        assert program.rpartition("/")[2] in text and all(option in text for option in options[program]), text
 
 
 def test_makefile_runs_fuzz_chaos_and_endurance() -> None:

@@ -37,7 +37,7 @@ CHANGES = (
     "stages.student_rl.steps=5",
     "stages.student_rl.eval_every=2",
     "stages.student_rl.sparse.kl_coef=0.01",
-    "stages.opd.steps=16",
+    "stages.opd.steps=8",
     "data.evals.more.generate={pool: eval, count: 3, seed: 1}",
 )
 
@@ -191,10 +191,10 @@ def test_truncated_log_line_is_rewritten_on_resume(tmp_path: Path) -> None:
     out = copied(tmp_path)
     opd = node(out, "bridge_rl", "opd")
     (opd / "DONE").unlink()
-    shutil.rmtree(opd / "checkpoint" / "000016")
+    shutil.rmtree(opd / "checkpoint" / "000008")
     for name in ("metrics.jsonl", "ledger.jsonl"):
         text = (opd / name).read_text(encoding="utf-8")
-        (opd / name).write_text(text[: len(text) * 15 // 16 - 20], encoding="utf-8")  # no new line at its end
+        (opd / name).write_text(text[: len(text) * 7 // 8 - 20], encoding="utf-8")  # no new line at its end
     assert go(out).code == 0
     assert_same(out, uninterrupted())
 
@@ -203,9 +203,7 @@ def test_stage_keeps_at_most_two_checkpoints() -> None:
     for path, info in infos(uninterrupted()):
         if info["kind"] == "train":
             kept = sorted(int(file.name) for file in (path / "checkpoint").iterdir())
-            assert (
-                kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [14, 16], "student_rl": [4, 5]}[info["stage"]]
-            )
+            assert kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [6, 8], "student_rl": [4, 5]}[info["stage"]]
 
 
 @pytest.mark.parametrize("point", ["node.done", "node.cleaning"])

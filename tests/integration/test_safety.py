@@ -15,6 +15,7 @@ import yaml
 
 import headwater
 from fake_runs import ARMS, fake_run, write_rows
+from forked_study import start
 from headwater.config import yaml as plain_yaml
 from headwater.config.builtin import builtin_text
 from headwater.config.recipe import Source
@@ -24,7 +25,7 @@ from headwater.errors import UserError, one_line
 from headwater.report import build as report
 from headwater.tasks.registry import find_task, regex
 from headwater.tasks.verifier import Verifier
-from runs import call, tiny
+from runs import call, sets, tiny
 
 # Recipes --------------------------------------------------------------------------------------------------------------
 
@@ -323,8 +324,9 @@ def test_environment_secrets_are_in_no_file_of_run(tmp_path: Path, monkeypatch: 
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "out"
-    result = tiny("study", out, "--arms", "direct_grpo,warmup_only", changes=["compute.workers=2"], whole=True)
-    assert result.code == 0, result.err
+    words = ("study", "pocket", "--arms", "direct_grpo,warmup_only", "--out", out, *sets("compute.workers=2"))
+    study = start(tmp_path / "process", *words, whole=True, environment=SECRETS)
+    assert study.wait(250) == 0, study.err()
 
     def explode(*given: Any) -> None:
         raise RuntimeError("something nobody expected")
@@ -338,7 +340,7 @@ def test_environment_secrets_are_in_no_file_of_run(tmp_path: Path, monkeypatch: 
         data = path.read_bytes()
         for name, value in SECRETS.items():
             assert value.encode() not in data and name.encode() not in data, path
-    assert not any(value in result.out + result.err + broken.err for value in SECRETS.values())
+    assert not any(value in study.out() + study.err() + broken.err for value in SECRETS.values())
 
 
 def test_no_module_starts_shell() -> None:

@@ -89,8 +89,8 @@ def differing(out: Path, whole: Path) -> list[str]:
 
 
 def report_without_times(out: Path, work: Path) -> dict[str, bytes]:
-    """report.json, report.html and labels.csv with every measured time set to 0."""
-    copy = Path(shutil.copytree(out, work, ignore=shutil.ignore_patterns("checkpoint", "model", "cache")))
+    """report.json, report.html and labels.csv with every measured time set to 0, and without the times of attempts."""
+    copy = Path(shutil.copytree(out, work, ignore=shutil.ignore_patterns("checkpoint", "model", "cache", "attempts")))
     for node in RunDir(copy).nodes():
         for path in (node.metrics, node.ledger):
             if path.exists():

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,9 @@ class RunningProcess:
     def err(self) -> str:
         return (self.folder / "err").read_text(encoding="utf-8", errors="replace")
 
+    def out(self) -> str:
+        return (self.folder / "out").read_text(encoding="utf-8", errors="replace")
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
@@ -56,11 +60,18 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def start(folder: Path, *argv: str | Path) -> RunningProcess:
-    """Start a run and return while it runs; `folder` is made for its stdout and stderr."""
+def start(
+    folder: Path, *argv: str | Path, whole: bool = False, environment: Mapping[str, str] | None = None
+) -> RunningProcess:
+    """Start a run and return while it runs.
+
+    folder       is made for its stdout and stderr
+    whole        with preflight and the HTML page
+    environment  variables that it gets in addition
+    """
     folder.mkdir()
-    request = {"argv": [str(word) for word in argv], "fault": None, "user": None, "whole": False, "then": ""}
-    request |= Place().request() | {"folder": str(folder)}
+    request = {"argv": [str(word) for word in argv], "fault": None, "user": None, "whole": whole, "then": ""}
+    request |= Place().request() | {"folder": str(folder), "environment": dict(environment or {})}
     return RunningProcess(warm_runs().ask("forked_study:start_run", request), folder)
 
 
@@ -83,6 +94,7 @@ def start_run(request: dict[str, Any], _: Path) -> int:
     """Fork a run and return its process id."""
     pid = os.fork()
     if pid == 0:
+        os.environ |= request["environment"]
         popen = SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE)
         try:
             with mock.patch("headwater.runs.executors.local.subprocess", popen):

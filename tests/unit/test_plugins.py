@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwater import plugins
-from headwater.api import recipe_of
+from headwater.api import read_recipe
 from headwater.config.objectives import OBJECTIVES
 from headwater.config.recipe import Recipe
 from headwater.config.samplers import SAMPLERS
@@ -100,7 +100,7 @@ def test_unknown_names_list_entry_points(plugin: Path) -> None:
 
 @pytest.mark.parametrize("name", ["doubled", "my_plugin:doubled"])
 def test_user_objective_has_its_loss(name: str, plugin: Path) -> None:
-    recipe = recipe_of("pocket", {"stages.student_rl.objective": name})
+    recipe = read_recipe("pocket", {"stages.student_rl.objective": name})
     stage = recipe.stages.student_rl
     assert stage is not None and stage.needs_labels and not stage.needs_teacher
     objective = objective_of(stage)
@@ -114,19 +114,19 @@ def test_user_objective_has_its_loss(name: str, plugin: Path) -> None:
 
 def test_user_objective_is_refused_outside_its_stages_or_undeclared(plugin: Path) -> None:
     with pytest.raises(UserError, match=r"stages.opd"):
-        recipe_of("pocket", {"stages.opd.objective": "doubled"})
+        read_recipe("pocket", {"stages.opd.objective": "doubled"})
     with pytest.raises(
         UserError, match=r"my_plugin:undeclared is not declared with @headwater.config.objectives.objective"
     ):
-        recipe_of("pocket", {"stages.student_rl.objective": "my_plugin:undeclared"})
+        read_recipe("pocket", {"stages.student_rl.objective": "my_plugin:undeclared"})
     with pytest.raises(
         UserError, match=r"my_plugin:undeclared is not declared with @headwater.config.samplers.sampler"
     ):
-        recipe_of("pocket", {"compute.sampler": "my_plugin:undeclared"})
+        read_recipe("pocket", {"compute.sampler": "my_plugin:undeclared"})
 
 
 def test_user_sampler_is_made_from_recipe(plugin: Path) -> None:
-    recipe = recipe_of("pocket", {"compute.sampler": "echo"})
+    recipe = read_recipe("pocket", {"compute.sampler": "echo"})
     assert sampler_factory(recipe)("policy") == ("sampler of", "pocket", "policy")  # type: ignore[arg-type, comparison-overlap]
     assert importance_cap(recipe) == recipe.compute.vllm.importance_cap  # its log-probs are not the trainer's
 
@@ -144,10 +144,10 @@ def fingerprints(recipe: Recipe) -> set[str]:
 
 @pytest.mark.parametrize("change", [{"stages.student_rl.objective": "doubled"}, {"compute.sampler": "echo"}])
 def test_fingerprint_follows_plugin_code(change: dict[str, str], plugin: Path) -> None:
-    before = fingerprints(recipe_of("pocket", change))
-    assert before == fingerprints(recipe_of("pocket", change)) != fingerprints(recipe_of("pocket"))
+    before = fingerprints(read_recipe("pocket", change))
+    assert before == fingerprints(read_recipe("pocket", change)) != fingerprints(read_recipe("pocket"))
     (plugin / "my_plugin.py").write_text(CODE.replace("2.0", "3.0"), encoding="utf-8")
-    assert fingerprints(recipe_of("pocket", change)) != before
+    assert fingerprints(read_recipe("pocket", change)) != before
 
 
 def test_openers_take_names_functions_and_callbacks(plugin: Path, tmp_path: Path) -> None:
@@ -162,8 +162,10 @@ def test_name_of_gives_importable_name(plugin: Path) -> None:
     function = plugins.find("task", "my_plugin:same_case")
     assert isinstance(function, FunctionType)
     assert plugins.name_of(function, "task") == "my_plugin:same_case"
-    assert recipe_of("pocket", {"task": function}).task == "my_plugin:same_case"
-    assert recipe_of({**recipe_of("pocket").model_dump(mode="json"), "task": function}).task == "my_plugin:same_case"
+    assert read_recipe("pocket", {"task": function}).task == "my_plugin:same_case"
+    assert (
+        read_recipe({**read_recipe("pocket").model_dump(mode="json"), "task": function}).task == "my_plugin:same_case"
+    )
 
 
 def test_name_of_refuses_functions_without_importable_name() -> None:
@@ -180,5 +182,5 @@ def test_name_of_refuses_functions_without_importable_name() -> None:
 def test_changes_as_values_equal_changes_as_texts() -> None:
     values = {"stages.opd.optim.lr": 1e-6, "labels.budget": 8, "models.lora": {"r": 4}, "compute.workers": None}
     texts = ["stages.opd.optim.lr=1e-6", "labels.budget=8", "models.lora={r: 4}", "compute.workers=null"]
-    assert recipe_of("pocket", values) == recipe_of("pocket", texts)
-    assert recipe_of("pocket", {"models.student": Path("/m")}).models.student == "/m"
+    assert read_recipe("pocket", values) == read_recipe("pocket", texts)
+    assert read_recipe("pocket", {"models.student": Path("/m")}).models.student == "/m"

@@ -161,7 +161,7 @@ POCKET: dict[str, PretrainSpec] = {
 OTHER_TOKENIZERS: dict[str, PretrainSpec] = {
     # The shipped teacher in other tokens, for cross-tokenizer studies. It does not ship.
     "qwen3-teacher-joined": replace(
-        POCKET["qwen3-teacher"], vocabulary="joined", start="qwen3-teacher", worked_steps=0, mixture_steps=350, lr=1e-3
+        POCKET["qwen3-teacher"], vocabulary="joined", start="qwen3-teacher", worked_steps=450, mixture_steps=100
     ),
 }
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.architectures import ARCHITECTURES, EXACT, outcomes, table
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
 
+@pytest.mark.timeout(1200)  # some 40 seconds of a core, on machines that share cores many times that
 def test_architecture_table_agrees_with_small_models() -> None:
     results = outcomes(list(ARCHITECTURES))
     page = PAGE.read_text(encoding="utf-8")

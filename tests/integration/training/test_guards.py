@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import call, load_json, node, rows, tiny
+from forked_study import start
+from runs import call, load_json, node, rows, sets, tiny
 
 # In a run -------------------------------------------------------------------------------------------------------------
 
@@ -57,9 +58,9 @@ def test_guard_stop_exits_4_and_resumes_only_after_recipe_change(tmp_path: Path)
 
 
 def test_guard_warnings_of_worker_processes_are_shown(tmp_path: Path) -> None:
-    out = tmp_path / "out"
     changes = [*CUT, "compute.workers=2", "stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=4"]
-    result = tiny("study", out, "--arms", "direct_grpo,opd_only", changes=changes)
-    assert result.code == 0, result
-    assert "student_rl on all (seed 0): warning truncation" in result.err
-    assert "teacher_rl on all (seed 0): warning truncation" in result.err
+    words = ("study", "pocket", "--arms", "direct_grpo,opd_only", "--out", tmp_path / "out", *sets(*changes))
+    process = start(tmp_path / "process", *words)
+    assert process.wait(200) == 0, process.err()
+    assert "student_rl on all (seed 0): warning truncation" in process.err()
+    assert "teacher_rl on all (seed 0): warning truncation" in process.err()
