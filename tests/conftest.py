@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     from headwater.models.policy import Policy
 
 SLOWEST = (
-    "test_torchrun_models.py",
-    "test_resume.py",
-    "integration/runs/test_executors.py",
     "test_faults.py",
-    "test_fuzz.py",
+    "models/test_architectures.py",
+    "test_commands.py",
+    "test_torchrun_models.py",
+    "test_browser.py",
     "test_cli.py",
+    "test_resume.py",
+    "test_html.py",
+    "test_torchrun.py",
+    "test_python_api.py",
+    "integration/runs/test_executors.py",
     "integration/runs/test_run_node.py",
+    "test_fuzz.py",
     "integration/models/test_oom.py",
 )
 """Slow files that start first, so that none runs alone at the end (with --no-loadscope-reorder)."""
