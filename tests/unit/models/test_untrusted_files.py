@@ -96,16 +96,12 @@ def test_config_naming_code_for_attention_is_refused(key: str, folder: Path) -> 
     assert ModelFolder.open(str(folder), "models.student").config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(
-    "change", [{"architectures": 5}, {"architectures": [["x"], 5], "auto_map": 0}, {"sub_configs": 5}]
-)
-def test_config_entry_of_wrong_type_is_one_sentence(change: dict[str, Any], folder: Path) -> None:
+def test_config_entry_of_wrong_type_is_one_sentence(folder: Path) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
-    try:
-        assert ModelFolder.open(str(folder), "models.student").config.model_type == "qwen3"
-    except UserError as refusal:
-        assert "models.student: the config of" in str(refusal)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"architectures": 5}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^models\.student: the config of .* cannot be read \(TypeError: "):
+        assert ModelFolder.open(str(folder), "models.student").config
 
 
 def test_shard_index_leading_outside_folder_is_refused(folder: Path) -> None:
