@@ -165,8 +165,8 @@ def _unchanged_teachers(report: dict[str, Any]) -> list[str]:
         if stage is not None and any(row["role"] == "student" for row in rows):
             arms.setdefault(stage, []).append(name)
     return [
-        f"In {', '.join(names)} the student was distilled from the teacher as it was before {stage}, which had no gradient: use "
-        "problems that the teacher solves sometimes, raise max_tokens, or spend the labels on the student (--arm direct_grpo)."
+        f"In {', '.join(names)} the student was distilled from the teacher as it was before {stage}, which had no gradient; "
+        "--arm direct_grpo spends the labels on the student."
         for stage, names in arms.items()
     ]
 

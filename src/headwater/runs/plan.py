@@ -74,8 +74,8 @@ class Node:
         return lora if lora is not None and self.kind == "train" and self.role in lora.roles else None
 
     def matched_steps(self, steps: int, flops: Callable[[Node], float]) -> int:
-        """`steps`; with `compute`, as many as the FLOPs of the matched arm pay for."""
-        if self.compute is None:
+        """`steps`; with `compute`, as many as the FLOPs of the matched arm pay for, if it takes any step."""
+        if self.compute is None or steps == 0:
             return steps
         unmatched, match = self.compute
         left = sum(flops(node) for node in match.lineage()) - sum(

@@ -17,6 +17,7 @@ from runs import call
         ("validate x.jsonl --set a=1", "validate: no such option: --set, which belongs to run, study, sweep, distill, grpo, doctor"),
         ("run pocket --dryrun", "run: no such option: --dryrun (Possible options: --dry-run); `headwater run --help` lists"),
         ("rn pocket", "no such command 'rn'. Did you mean 'run'?; `headwater --help` lists the commands"),
+        ("audit runs/my", "no such command 'audit'; did you mean `headwater report --audit`?; `headwater --help` lists the commands"),
         ("validate my.yaml", "validate my.yaml: reads a file of problems; `headwater doctor my.yaml` checks a recipe"),
         ("explain stages.opd.optm.lr", "explain stages.opd.optm.lr: no such field; did you mean stages.opd.optim.lr? The sections"),
         ("explain poetry", "explain poetry: no such field; the sections are name, seed, "),

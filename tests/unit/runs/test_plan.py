@@ -376,3 +376,10 @@ def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:
     for change in ("clip=2.0", "entropy_above=0.5", "gain_over=start", "token_weights.first=9"):
         changed = prints(plan_of(f"stages.opd.dense.{change}"))
         assert changed["opd"] != plain["opd"] and changed["warmup"] == plain["warmup"], change
+
+
+def test_stage_of_no_steps_takes_none_at_equal_compute() -> None:
+    node = plan_of(arms=("direct_grpo_compute",)).arms["direct_grpo_compute"][0]
+    assert node.compute is not None
+    assert node.matched_steps(0, lambda other: 0.0) == 0
+    assert node.matched_steps(5, lambda other: 10.0) > 5
