@@ -17,7 +17,7 @@ from headwater.errors import UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
-from headwater.models.prompts import Prompter
+from headwater.models.prompts import Prompter, with_context
 from headwater.models.shape import Shape
 from headwater.runs.estimate import model_shapes
 from headwater.runs.inputs import RunInputs
@@ -185,6 +185,17 @@ class DoctorContext:
         prompter = self.prompter("student")
         lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
         return sorted(lengths, key=lambda pair: -pair[0])
+
+    @read_once("plan")
+    def lengths_of(self, role: str) -> list[tuple[int, Problem]]:
+        """As `prompt_lengths`, under the template and words of a role, with its privileged contexts."""
+        if role == "student" or (("student", role) not in self.aligned_pairs and self.recipe.prompt.teacher is None):
+            return self.prompt_lengths
+        prompter, contexts, prompt = self.prompter(role), self.inputs.contexts, self.recipe.prompt
+        readers = (
+            (with_context(prompter, prompt, contexts.get(problem.id)), problem) for problem in self.inputs.all_problems
+        )
+        return sorted(((len(reader.ids(problem)), problem) for reader, problem in readers), key=lambda pair: -pair[0])
 
     @property
     @read_once("plan")

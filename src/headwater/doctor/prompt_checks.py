@@ -121,24 +121,30 @@ def fields_without_effect(context: DoctorContext) -> Iterator[Finding]:
 
 def prompt_lengths(context: DoctorContext) -> Iterator[Finding]:
     """Prompts against `prompt.max_tokens`."""
-    limit, lengths = context.recipe.prompt.max_tokens, context.prompt_lengths
-    over = sum(tokens > limit for tokens, _ in lengths)
-    if over:
-        tokens, problem = lengths[0]
-        yield error(
-            "prompt-too-long",
-            f"{over} of {len(lengths)} prompts are over prompt.max_tokens {limit}; the longest, {problem.name} "
-            f"({problem.text[:40]!r}…), has {tokens} tokens",
-            "raise prompt.max_tokens, or remove those problems from the data",
-        )
+    limit = context.recipe.prompt.max_tokens
+    for role in context.roles:
+        lengths = context.lengths_of(role)
+        if role != "student" and lengths is context.prompt_lengths:
+            continue
+        over = sum(tokens > limit for tokens, _ in lengths)
+        if over:
+            tokens, problem = lengths[0]
+            owner = "" if role == "student" else f" of models.{role}"
+            yield error(
+                "prompt-too-long",
+                f"{over} of {len(lengths)} prompts{owner} are over prompt.max_tokens {limit}; the longest, {problem.name} "
+                f"({problem.text[:40]!r}…), has {tokens} tokens",
+                "raise prompt.max_tokens, or remove those problems from the data",
+            )
 
 
 def context_length(context: DoctorContext) -> Iterator[Finding]:
     """The longest prompt and completion together against the positions of each model."""
     if not context.prompt_lengths:
         return
-    prompt, completion = context.prompt_lengths[0][0], longest_completion(context)
+    completion = longest_completion(context)
     for role in context.roles:
+        prompt = context.lengths_of(role)[0][0]
         known = positions(context.inputs.config(role))
         if known is not None and prompt + completion > known:
             room = known - prompt

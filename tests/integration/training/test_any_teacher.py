@@ -272,6 +272,15 @@ def test_student_at_its_start_teaches_itself_with_context(solved_problems: Path,
     assert any(labels)
 
 
+def test_contexts_over_prompt_limit_are_refused_before_run(solved_problems: Path, tmp_path: Path) -> None:
+    longest = max(len(row["problem"]) for row in rows(solved_problems)) + 2  # user and assistant turn
+    limit = f"prompt={{max_tokens: {longest}, teacher: {{privileged: '{{problem}}{{context}}'}}}}"
+    changes = (privileged(solved_problems)[0], limit)
+    result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
+    assert result.code == 2 and f"prompts of models.teacher are over prompt.max_tokens {longest}" in result.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("update_rule", ["{every: 2}", "{decay: 0.5}"])
 def test_teacher_follows_student_and_killed_run_resumes_bit_for_bit(
     update_rule: str, solved_problems: Path, tmp_path: Path
