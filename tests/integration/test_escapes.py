@@ -71,6 +71,13 @@ def test_data_cells_and_columns_reach_terminal_without_control_characters(row: d
     assert quiet(call("validate", path, "--task", "maths"))
 
 
+def test_warnings_reach_terminal_without_control_characters(tmp_path: Path) -> None:
+    path = tmp_path / f"d{ESCAPE}.jsonl"
+    rows = [{"problem": "Who?", "answer": str(n), "passage": f"a long passage {n} " * 5} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert "'passage' holds text" in quiet(call("validate", path, "--task", "exact"))
+
+
 def test_grade_escapes_control_characters_within_json(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"id": f"é{ESCAPE}", "gold": "1", "completion": ESCAPE}) + "\n", encoding="utf-8")

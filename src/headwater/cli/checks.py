@@ -25,7 +25,7 @@ from headwater.cli.options import (
     say_loading,
 )
 from headwater.config.builtin import builtin_names
-from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError
+from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError, printable
 
 commands = typer.Typer()
 
@@ -144,7 +144,7 @@ def validate(
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     if task == "python":
         print(f"completions run under {', '.join(sandbox.layers())}", file=sys.stderr)
     if json_:

@@ -293,7 +293,7 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"headwater: interrupted; the same command with --out {folder} resumes", file=sys.stderr)
+        print(f"headwater: interrupted; the same command with --out {printable(str(folder))} resumes", file=sys.stderr)
         sys.exit(130)
     finally:
         if previous is not None:

@@ -34,7 +34,7 @@ from headwater.cli.options import (
     with_options,
 )
 from headwater.config.arms import DEFAULT_STUDY
-from headwater.errors import FailedError, UserError
+from headwater.errors import FailedError, UserError, printable
 
 if TYPE_CHECKING:
     from headwater.config.recipe import Recipe
@@ -180,7 +180,7 @@ def execute(
         if arms is None:
             choice = choose_arm(recipe, folder)
             arms = [choice.arm]
-            print(choice.sentence, file=sys.stderr)
+            print(printable(choice.sentence), file=sys.stderr)
         for arm in arms:
             arm_of(arm, recipe)
         seeds = seeds or [recipe.seed]
@@ -217,8 +217,8 @@ def execute(
             if len(arms) * len(seeds) > 1:  # the other arms and seeds have a report
                 print_report(read_json(RunDir(folder).report_json), folder, options.json_)
             print(
-                f"report: {RunDir(folder).report_html}; run the command again to resume from the last checkpoint, also with "
-                "changed guards",
+                f"report: {printable(str(RunDir(folder).report_html))}; run the command again to resume from the last checkpoint, "
+                "also with changed guards",
                 file=sys.stderr,
             )
             raise

@@ -135,8 +135,15 @@ class Solution:
         return self.refuse(f"an argument of type {type(value).__name__}")
 
     def _resolve(self, content: dict[str, Any]) -> Any:
-        if "module" in content:
-            return ModuleName(content["module"])
+        """A value of the solution's, but for classes as wide as AssertionError: `except` with one would hide failed assertions."""
+        value = ModuleName(content["module"]) if "module" in content else self._reference(content)
+        if isinstance(value, type) and issubclass(AssertionError, value):
+            self.refuse(
+                f"the solution's use of {value.__name__}, an exception class that catches the tests' assertions"
+            )
+        return value
+
+    def _reference(self, content: dict[str, Any]) -> Any:
         number = int(content["id"])
         if number not in self._proxies:
             self._proxies[number] = (
@@ -159,7 +166,7 @@ class Solution:
 
     def _error(self, raised: dict[str, Any], operation: str) -> BaseException:
         base = builtin_error(raised["base"])
-        kind = self._resolve({"id": raised["id"], "error": raised})
+        kind = self._reference({"id": raised["id"], "error": raised})
         ends_loop = issubclass(
             kind, (StopIteration, StopAsyncIteration, GeneratorExit)
         )  # a parent may decide it, not the base
@@ -306,9 +313,10 @@ class SolutionModule(types.ModuleType):
 def namespace(solution: Solution, tests: ast.Module, entry_point: str | None) -> dict[str, Any]:
     """Globals for the tests: the names that they use and the program defines.
 
-    A built-in name is the program's only if it is the entry point, or if the tests use no other name of the program: otherwise a
-    program could replace the `abs` or `sorted` that its answers are compared by. A name that the tests use as a module of the
-    standard library, such as `math` in `math.isclose`, is that module for the same reason.
+    A built-in name is the program's only if it is the entry point, or if the tests use no other name of the program and do not
+    import `solution`, whose attributes they may use: otherwise a program could replace the `abs` or `sorted` that its answers are
+    compared by. A name that the tests use as a module of the standard library, such as `math` in `math.isclose`, is that module for
+    the same reason.
     """
     nodes = list(ast.walk(tests))
     attributes: dict[str, set[str]] = {}
@@ -319,9 +327,11 @@ def namespace(solution: Solution, tests: ast.Module, entry_point: str | None) ->
     used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     defined = set(solution.names()) & used
     own = {name for name in defined if name not in _BUILTINS}
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     if entry_point is not None:
         own.add(entry_point)
-    elif not own and len(defined) == 1:
+    elif not own and len(defined) == 1 and "solution" not in imported:
         own = defined
     values = {}
     for name in own:

@@ -288,6 +288,17 @@ def test_solution_cannot_forge_verdict(name: str) -> None:
             "with f() as x:\n    assert x == 4",
             "unsupported",
         ),
+        (
+            "def f(x): return 5\ndef abs(x): return 0",
+            "import solution\nassert abs(solution.f(2) - 4) < 1e-6",
+            "different",
+        ),
+        ("E = Exception\ndef f(x): return 5", "try:\n    f(-1)\n    assert False\nexcept E: pass", "unsupported"),
+        (
+            "class F:\n    Errors = (AssertionError,)\ndef f(x): return 5",
+            "import contextlib\nwith contextlib.suppress(*F.Errors): assert f(2) == 4",
+            "unsupported",
+        ),
         ("class A: pass", "class B(A): pass", "unsupported"),
         ("def f(x): return 1", "class Own: pass\nf(Own())", "unsupported"),
         ("x = 1", "import solution\nsolution.x = 2\nassert solution.x == 2", "unsupported"),
