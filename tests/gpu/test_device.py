@@ -24,8 +24,13 @@ from headwater.losses.output_head import LinearHead
 from headwater.losses.token_stats import TokenInputs, TokenStats
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
+from headwater.sampling import fast_decoder, step_graphs
 from headwater.sampling.base import requests_for
-from headwater.sampling.torch_sampler import TorchSampler
+from headwater.sampling.continuous_batch import ContinuousBatch
+from headwater.sampling.decoder import CacheDecoder, decoder_for
+from headwater.sampling.fast_decoder import FastDecoder
+from headwater.sampling.token_draws import draw_tokens
+from headwater.sampling.torch_sampler import TorchSampler, stop_mask
 from headwater.storage.run_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
@@ -223,6 +228,23 @@ def test_sampler_log_probs_equal_trainer_ones(
 
 
 @on_each_device
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_fast_decoder_in_bfloat16_equals_general_one(device: torch.device, kind: str) -> None:
+    """Two query heads share keys here; sharing them wrongly would change every hidden state."""
+    policy = policy_on(device, dtype=torch.bfloat16, kind=kind)
+    states = []
+    for decoder in (decoder_for(policy), CacheDecoder(policy)):
+        with torch.inference_mode():
+            decoder.begin(list(PROMPTS), len(PROMPTS), 32)
+            hidden = [decoder.prefill(len(PROMPTS))]
+            for token in (7, 9, 12, 5):
+                hidden.append(decoder.decode_step(torch.full((len(PROMPTS),), token, device=device)).clone())
+        states.append(torch.cat(hidden).float())
+    assert isinstance(decoder_for(policy), FastDecoder)
+    assert relative(*states) < 0.04
+
+
+@on_each_device
 def test_draws_of_device_equal_draws_of_cpu_in_float32(device: torch.device) -> None:
     """Named random numbers are made on the CPU, so that only rounding could choose another token."""
     ours, plain = sampled(policy_on(device), 8), sampled(policy_on(CPU), 8)
@@ -232,8 +254,6 @@ def test_draws_of_device_equal_draws_of_cpu_in_float32(device: torch.device) -> 
 
 @without_gpu
 def test_cuda_graphs_of_steps_sample_tokens_of_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from headwater.sampling import fast_decoder, step_graphs
-
     captured, made, capture = [], [], step_graphs.cuda_capture
 
     def counted(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -262,11 +282,6 @@ def test_cuda_graphs_of_steps_sample_tokens_of_plain_steps(monkeypatch: pytest.M
 
 @without_gpu
 def test_decoding_step_on_gpu_does_not_wait_for_it() -> None:
-    from headwater.sampling.continuous_batch import ContinuousBatch
-    from headwater.sampling.decoder import decoder_for
-    from headwater.sampling.token_draws import draw_tokens
-    from headwater.sampling.torch_sampler import stop_mask
-
     policy, sampling = policy_on(CUDA), Sampling(max_tokens=8)
     decoder, batch = decoder_for(policy), ContinuousBatch(4, 8, 8, stop_mask(policy))
     with torch.inference_mode():

@@ -163,6 +163,11 @@ class DoctorContext:
         return {pair: names for pair, names in stages.items() if pair not in plain}
 
     @property
+    def aligned_roles(self) -> set[str]:
+        """Teachers whose learner aligns tokenizers."""
+        return {teacher for _, teacher in self.aligned_pairs}
+
+    @property
     @read_once("plan")
     def compared_problems(self) -> list[Problem]:
         problems = self.inputs.problems
@@ -189,7 +194,7 @@ class DoctorContext:
     @read_once("plan")
     def lengths_of(self, role: str) -> list[tuple[int, Problem]]:
         """As `prompt_lengths`, under the template and words of a role, with its privileged contexts."""
-        if role == "student" or (("student", role) not in self.aligned_pairs and self.recipe.prompt.teacher is None):
+        if role == "student" or (role not in self.aligned_roles and self.recipe.prompt.teacher is None):
             return self.prompt_lengths
         prompter, contexts, prompt = self.prompter(role), self.inputs.contexts, self.recipe.prompt
         readers = (

@@ -42,7 +42,7 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
     """Equal width is not enough (unsloth-zoo #965): ids of probe strings and of problems are compared."""
     student, texts = context.inputs.tokenizer("student"), compared_texts(context)
     for role in context.roles[1:]:
-        if ("student", role) in context.aligned_pairs:
+        if role in context.aligned_roles:
             continue
         teacher = context.inputs.tokenizer(role)
         try:

@@ -34,7 +34,7 @@ def templates(context: DoctorContext) -> Iterator[Finding]:
     """A template mismatch does not fail, it biases every token of the distillation (tinker #796: +0.287 nats)."""
     problems, student = context.compared_problems, context.prompter("student")
     for role in context.roles[1:] if problems else ():
-        if ("student", role) in context.aligned_pairs or context.recipe.prompt.teacher is not None:
+        if role in context.aligned_roles or context.recipe.prompt.teacher is not None:
             yield from own_prompt(context, role)
             continue
         teacher, fields = context.prompter(role), f"models.student and models.{role}"

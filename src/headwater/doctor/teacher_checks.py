@@ -108,7 +108,7 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
                 server = ServedTokenizer(context.inputs.server(role))
                 refuse_different_tokens(local.tokenizer, server, ("models.teacher_tokenizer", field), texts)
                 continue
-            if ("student", role) in context.aligned_pairs:
+            if role in context.aligned_roles:
                 token_bytes(context.inputs, role)  # its tokenizer's files are needed
             refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
             for problem in context.compared_problems[:SERVER_PROBLEMS] if student.has_template and texts else ():

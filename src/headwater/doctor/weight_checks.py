@@ -105,7 +105,7 @@ def teacher_agrees_with_itself(context: DoctorContext) -> Iterator[Finding]:
     teachers = {teacher for _, teacher in context.distillations}
     for role in [role for role in context.roles if role != "student" and role in teachers]:
         teacher = context.policy(role, True)
-        own_rollouts = rollouts if ("student", role) not in context.aligned_pairs else context.sample(role).rollouts
+        own_rollouts = rollouts if role not in context.aligned_roles else context.sample(role).rollouts
         batched = logp_of(teacher, own_rollouts, context.recipe.compute.microbatch_tokens)
         single = [logp_of(teacher, [rollout], 1)[0] for rollout in own_rollouts]
         gap, bound = mean_gap(batched, single), AGREEMENT[teacher.compute_dtype]

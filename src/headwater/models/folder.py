@@ -167,9 +167,9 @@ class ModelFolder:
         with as_user_error(f"{self.field}: {message}"):
             with layout_limits():
                 config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
-        refuse_unsupported(config, self.field, self.name)
-        if not self.trust_remote_code:
-            untrusted_files.refuse_kernels(config, self.field, self.name)
+            refuse_unsupported(config, self.field, self.name)
+            if not self.trust_remote_code:
+                untrusted_files.refuse_kernels(config, self.field, self.name)
         return config
 
     @property

@@ -151,7 +151,8 @@ class TokenPair:
     def to_student(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> Rollout:
         """A rollout of the teacher in the student's ids, up to the first byte that they do not give back.
 
-        The log-prob of a span is divided equally among its tokens. Where nothing is given back, an end alone is left.
+        The log-prob of a span is divided equally among its tokens. Where nothing is given back, an end alone is left, which is
+        compared with nothing.
         """
         ids, spans = self.student.translate(self.teacher.pieces(rollout.completion_ids))
         read = spans.first_read
@@ -164,8 +165,13 @@ class TokenPair:
             completion_ids=ids[: len(logp)] if read else (self.student.end_id,),
             sampler_logp=tuple(logp) if read else (0.0,),
             finish=rollout.finish if read == len(rollout.completion_ids) else "length",
-            teacher_ids=rollout.completion_ids[:read],
+            teacher_ids=rollout.completion_ids,
         )
+
+    def is_whole(self, rollout: Rollout) -> bool:
+        """Whether a rollout of the teacher has all of its text in the student's ids."""
+        written, read = self.teacher.pieces(rollout.teacher_ids), self.student.pieces(rollout.completion_ids)
+        return b"".join(written) == b"".join(read)
 
 
 def same_tokens(student: TokenBytes, teacher: TokenBytes) -> bool:

@@ -116,7 +116,7 @@ def refuse_code(config: Mapping[str, Any], path: Path, field: str) -> None:
 
 def refuse_kernels(config: Any, field: str, name: str) -> None:
     """Raises UserError if a config names a hub repository as its attention: transformers would download and run its code."""
-    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
+    for part in (config, *(getattr(config, key, None) for key in type(config).sub_configs)):
         implementation = getattr(part, "_attn_implementation", None)
         if isinstance(implementation, str) and "/" in implementation:
             raise UserError(

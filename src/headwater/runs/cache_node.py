@@ -14,7 +14,7 @@ from headwater.storage.files import keep_rows
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import atomic_folder
 from headwater.teachers.cache import read_rollouts, refuse_huge_cache, write_distributions, write_rollouts
-from headwater.teachers.translated import Supervisor
+from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training.evaluate import refuse_nan
 from headwater.training.rollouts import epoch_order
 from headwater.types import Rollout
@@ -43,6 +43,12 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
             requests, settings.sampling, lambda finished: context.progress.advance_or_stop(len(finished))
         )
     fault_points.failpoint("cache.sampled")
+    if isinstance(teacher, TranslatedTeacher) and teacher.pair is not None:
+        cut = sum(not teacher.pair.is_whole(rollout) for rollout in sampled)
+        if cut:
+            context.progress.say(
+                f"{folder.name}: {cut} of {len(sampled)} rollouts end before a text that the student's tokenizer does not give back"
+            )
     with after_step(0):
         refuse_nan(sampled)
     rollouts, top_k = [*kept, *sampled], settings.dense.top_k

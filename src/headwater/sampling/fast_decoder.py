@@ -149,8 +149,10 @@ class FastDecoder:
                 cached[:rows, :, :window] for cached in (cache.keys[layer].squeeze(-1), cache.values[layer])
             )
             if q_AHD.dtype != torch.float32:  # keeps the attention scores in float32
+                # The heads that share keys are the queries of one head: with `enable_gqa` a GPU would copy the keys for each of them.
+                q_AKGD = q_AHD.unflatten(1, (self.kv_heads, group))
                 return functional.scaled_dot_product_attention(
-                    q_AHD[:, :, None], k_AKTD, v_AKTD, attn_mask=bias_AKT[:, :1, None], enable_gqa=True
+                    q_AKGD, k_AKTD, v_AKTD, attn_mask=bias_AKT[:, :1, None]
                 ).flatten(1)
             # On a CPU two batched products over all rows and heads are faster than the fused operation, which loops over them.
             q_NGD = q_AHD.reshape(-1, group, self.width)

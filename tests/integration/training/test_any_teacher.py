@@ -80,6 +80,15 @@ def test_sft_warmup_reads_teacher_texts_in_student_ids(pairs_teacher: Path, tmp_
     assert all(row["grad_norm"] > 0 for row in rows(node(out, "warmup_only", "warmup") / "metrics.jsonl"))
 
 
+def test_expert_with_other_tokenizer_writes_for_teacher(pairs_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    changes = (f"models.expert={pairs_teacher}", "stages.warmup.dense.tokenizers=prefix")
+    result = tiny("run", out, "--arm", "sft_teacher", changes=changes)
+    assert result.code == 0, result.err
+    cached = rows(next((out / "nodes").glob("teacher_rollouts.*/cache/rollouts.jsonl")))
+    assert all(max(row["completion_ids"]) < len(make_tokenizer()) for row in cached)
+
+
 @pytest.mark.parametrize("divergence", ["reverse", "sampled"])
 def test_aligned_equal_tokenizers_repeat_plain_run_bit_for_bit(divergence: str, tmp_path: Path) -> None:
     outs = {}

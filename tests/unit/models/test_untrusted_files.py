@@ -96,6 +96,14 @@ def test_config_naming_code_for_attention_is_refused(key: str, folder: Path) -> 
     assert ModelFolder.open(str(folder), "models.student").config._attn_implementation == "sdpa"
 
 
+def test_config_entry_of_wrong_type_is_one_sentence(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"architectures": 5}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^models\.student: the config of .* cannot be read \(TypeError: "):
+        assert ModelFolder.open(str(folder), "models.student").config
+
+
 def test_shard_index_leading_outside_folder_is_refused(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -162,11 +162,10 @@ def test_teacher_samples_become_student_ids_and_are_scored_as_sampled(teacher: P
     own = TorchSampler(teacher).sample(requests_for([("p", PROMPT)], 16, 0, 0, "x"), stage_of("opd").sampling)
     for rollout, sampled in zip(rollouts, own, strict=True):
         assert rollout.prompt_ids == (1, 6, 2)
-        assert sampled.completion_ids[: len(rollout.teacher_ids)] == rollout.teacher_ids
-        pieces = pair.student.pieces(rollout.completion_ids)
-        read = pair.teacher.pieces(sampled.completion_ids)[: len(rollout.teacher_ids)]
-        assert b"".join(pieces) == b"".join(read) or not rollout.teacher_ids
-        if len(rollout.teacher_ids) == len(sampled.completion_ids):
+        assert rollout.teacher_ids == sampled.completion_ids
+        pieces = b"".join(pair.student.pieces(rollout.completion_ids))
+        assert b"".join(pair.teacher.pieces(sampled.completion_ids)).startswith(pieces) or not pair.is_whole(rollout)
+        if pair.is_whole(rollout):
             assert sum(rollout.sampler_logp) == pytest.approx(sum(sampled.sampler_logp))
             assert rollout.finish == sampled.finish
     # A rollout that the teacher divided in another way than its tokenizer would is scored in the ids that it sampled.
@@ -184,8 +183,13 @@ def test_unknown_characters_are_not_compared(teacher: Policy, pair: TokenPair) -
     # `<s>` is a special token that the student lacks: its text ends before it.
     first, *rest = token_bytes("bytes").tokenizer("12", add_special_tokens=False)["input_ids"]
     sampled = replace(rollout, completion_ids=(first, 1, *rest), sampler_logp=(-1.0,) * (2 + len(rest)))
-    read = TokenPair(pair.student, token_bytes("bytes")).to_student(sampled, (1,))
-    assert (read.completion_ids, read.finish, read.teacher_ids) == ((6,), "length", (first,))
+    cut_pair = TokenPair(pair.student, token_bytes("bytes"))
+    read = cut_pair.to_student(sampled, (1,))
+    assert (read.completion_ids, read.finish) == ((6,), "length") and not cut_pair.is_whole(read)
+    # Nothing of a text that begins with it can be read: an end alone, which is not compared.
+    nothing = cut_pair.to_student(replace(sampled, completion_ids=(1, first), sampler_logp=(-1.0, -1.0)), (1,))
+    assert nothing.completion_ids == (pair.student.end_id,) and nothing.finish == "length"
+    assert cut_pair.to_teacher(nothing)[1].first_read == 0
 
 
 def test_text_without_common_bytes_is_scored_and_not_compared(teacher: Policy, pair: TokenPair) -> None:
