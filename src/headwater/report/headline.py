@@ -16,7 +16,7 @@ VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "is not sho
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The main result in one sentence, and whether labels bought nothing in an arm."""
+    """The main result in one sentence, and whether labels had no effect in an arm."""
     return " ".join([_main_result(report), *uninformative(report)])
 
 

@@ -126,7 +126,8 @@ def test_one_gpu_recipe_fits_80_gb_with_settings_named_in_its_head(
     monkeypatch.chdir(tmp_path)
     head = " ".join(builtin_text(recipe).split("\nname:")[0].replace("\n#", " ").split())
     assert all(f"--set {change}" in head for change in changes)
-    estimated = dry_run(recipe, "--arms", "direct_grpo,bridge", "--on", "h100", *sets(*changes))
+    options = [word for change in changes for word in ("--set", change)]
+    estimated = dry_run(recipe, "--arms", "direct_grpo,bridge", "--on", "h100", *options)
     assert max(row["peak_bytes"] for row in estimated) < 0.98 * DEVICES["h100"].memory
 
 
