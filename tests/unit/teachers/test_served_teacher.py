@@ -153,6 +153,10 @@ UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda answer: each(answer, lambda known: known | {"07": {"logprob": -9.0}}),
         "in another form than vLLM's",
     ),
+    "an id of many digits": (
+        lambda answer: each(answer, lambda known: known | {"9" * 4000: {"logprob": -9.0}}),
+        "names token 99999999999999999999, beyond",
+    ),
     "a negative id": (lambda answer: each(answer, lambda known: known | {"-1": {"logprob": -9.0}}), "names token -1"),
     "log-prob of 5": (lambda answer: each(answer, lambda known: scored(known, 5.0)), "gives 5.0 as a log-prob"),
     "log-prob that is no number": (
