@@ -148,7 +148,7 @@ class ServedTeacher:
         beyond = next((token for token in ids if not 0 <= token < self.vocabulary), None)
         if beyond is not None:
             raise self._error(
-                f"names token {str(beyond):.20}, beyond the student's vocabulary of {self.vocabulary}: the vocabularies differ"
+                f"names token {beyond!s:.20}, beyond the student's vocabulary of {self.vocabulary}: the vocabularies differ"
             )
 
     def _error(self, message: str) -> TrainingStoppedError:
