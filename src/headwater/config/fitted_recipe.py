@@ -80,6 +80,8 @@ class FittedRecipe(FittedSizes):
         if "total" in self.times:
             time = f"time     {duration(self.times['total'])} for `headwater run my.yaml` if every completion reaches max_tokens"
             lines.append(f"{time}, as --dry-run estimates")
+            if self.device.kind == "cuda":
+                lines.append("         from data sheets; loading, grading and the overhead of small models come on top")
         if self.slow:
             lines.append(
                 "note     this device is slow for the pair: the recipe is cut to what it can do, enough to try everything and little to"
@@ -258,11 +260,13 @@ class FittedRecipe(FittedSizes):
             "objective": "forward_kl",
             "steps": Setting(
                 steps,
-                f"{passes(steps * batch / rollouts)} over the {rollouts:,} cached rollouts (the paper makes 1)"
+                f"{passes(steps * batch / rollouts)} over {rollouts:,} teacher rollouts (the paper makes 1)"
                 f"{self._time('warmup')}",
             ),
             "batch_size": Setting(batch, f"rollouts a step{self._few}"),
-            "group_size": Setting(GROUP, "teacher rollouts of each problem that are cached"),
+            "group_size": Setting(
+                GROUP, "teacher rollouts of a problem; fewer are sampled where the steps train on fewer"
+            ),
             "sampling": {"max_tokens": self.completion.value},
             "optim": self.rate("student", "teacher"),
         }

@@ -142,7 +142,7 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
     """The longest prompt and completion together against the positions of each model."""
     if not context.prompt_lengths:
         return
-    completion = longest_completion(context)
+    completion, field = longest_completion(context)
     for role in context.roles:
         prompt = context.lengths_of(role)[0][0]
         known = positions(context.inputs.config(role))
@@ -150,10 +150,10 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
             room = known - prompt
             yield error(
                 "context-too-short",
-                f"models.{role}: the longest prompt ({prompt} tokens) and completion (sampling.max_tokens {completion}) are "
+                f"models.{role}: the longest prompt ({prompt} tokens) and completion ({field} {completion}) are "
                 f"{prompt + completion} together, over its {known} positions",
                 (
-                    f"lower sampling.max_tokens to at most {room}"
+                    f"lower {field} (every sampling.max_tokens that is larger) to at most {room}"
                     if room > 0
                     else "remove the longest problems from the data"
                 )
@@ -161,10 +161,17 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
-def longest_completion(context: DoctorContext) -> int:
-    stages = [node.settings.sampling.max_tokens for node in context.nodes if node.settings is not None]
-    evaluations = [context.recipe.evaluate.sampling.max_tokens] if context.recipe.data.evals else []
-    return max([*stages, *evaluations])
+def longest_completion(context: DoctorContext) -> tuple[int, str]:
+    """The largest `sampling.max_tokens` of the stages and the evaluations, and the field that sets it."""
+    limits = {
+        f"stages.{node.stage}.sampling.max_tokens": node.settings.sampling.max_tokens
+        for node in context.nodes
+        if node.settings is not None and node.kind == "train"
+    }
+    if context.recipe.data.evals:
+        limits["evaluate.sampling.max_tokens"] = context.recipe.evaluate.sampling.max_tokens
+    field = max(limits, key=limits.__getitem__)
+    return limits[field], field
 
 
 def length_rules(context: DoctorContext) -> Iterator[Finding]:
@@ -172,7 +179,7 @@ def length_rules(context: DoctorContext) -> Iterator[Finding]:
     lengths, recipe = context.prompt_lengths, context.recipe
     for role in context.roles if lengths else ():
         config = context.inputs.config(role)
-        shortest, prompt, completion = lengths[-1][0], lengths[0][0], longest_completion(context)
+        shortest, prompt, completion = lengths[-1][0], lengths[0][0], longest_completion(context)[0]
         if recipe.compute.sampler == "vllm":  # its engine follows the rule of the longest sequence that it has room for
             prompt = max_sequence_tokens(recipe) - completion
         problem = mixed_lengths(config, shortest, prompt, completion)

@@ -11,6 +11,8 @@ from headwater.models.pair_figures import measure
 from headwater.models.tokenizer import PROBES
 from headwater.runs.tokenizers import token_pair
 
+MIN_SINGLE = 0.9
+"""Least share of spans of one token on both sides for comparing shared tokens alone."""
 MIN_ALIGNED, MIN_SHARED, MAX_LOST = 0.9, 0.05, 0.1
 """Least shares of aligned tokens and of common vocabulary, and largest share of texts that are not given back, of a useful pair."""
 
@@ -49,3 +51,13 @@ def alignment(context: DoctorContext) -> Iterator[Finding]:
             )
         else:
             yield note("tokenizers-aligned", evidence, "nothing")
+        used = context.recipe.stages.named
+        if figures.single < MIN_SINGLE and any(
+            used[name].dense.tokenizers == "shared" for name in stages if name in used
+        ):
+            yield warning(
+                "shared-tokens-mislead",
+                f"{fields}: only {figures.single:.1%} of the spans are one token on both sides, and {where} is shared: where the "
+                "teacher writes a token that the student lacks, the student learns to avoid that text",
+                "set it to prefix",
+            )

@@ -25,11 +25,14 @@ def arms(report: dict[str, Any]) -> Section:
     rows = [_row(report, name, eval_name, k) for name in report["arms"] for eval_name in evals]
     scores = [row["accuracy"] for row in rows if row["accuracy"]]
     axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))}\u00a0%")
+    accuracy = [
+        Column("accuracy\n%\u00a0[95\u00a0%]", itemgetter("mean"), "right"),
+        Column("", itemgetter("interval"), axis=axis),
+    ]
     columns = [
         Column("arm", itemgetter("header"), spans=True),
         *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
-        Column("accuracy\n%\u00a0[95\u00a0%]", itemgetter("mean"), "right"),
-        Column("", itemgetter("interval"), axis=axis),
+        *(accuracy if report["evals"] else []),
         Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
         Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
         Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
@@ -42,11 +45,13 @@ def arms(report: dict[str, Any]) -> Section:
     ]
     # Labels of the validation set are labels too, so the caption gives their number.
     validation = max((arm["apart"]["validation"]["labels"]["distinct"] for arm in report["arms"].values()), default=0)
-    caption = f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs"
+    caption = f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs" if report["evals"] else "Costs"
     caption += f" (and {count(validation)} validation labels)" if validation else ""
     notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in non_training_notes(report)]
     table = Table(caption, columns, rows, rows_per_entry=len(evals))
-    return Section("Arms", "arms", {"table": table, "notes": notes}, tuple(_forests(report)))
+    return Section(
+        "Arms", "arms", {"table": table, "notes": notes, "accuracy": bool(report["evals"])}, tuple(_forests(report))
+    )
 
 
 def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> dict[str, Any]:

@@ -92,7 +92,9 @@ def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs:
         scores = [cell for eval_name in evals for cell in _score_cells(arm, eval_name)[: 1 + several]]
         table.add_row(name, *scores, *(_cost_cells(arm) if costs else []), style=None if arm["accuracy"] else "dim")
     if costs:
-        notes = ["labels, tokens (sampled, trained on, scored by the teacher), FLOPs and time: mean per seed"]
+        notes = [
+            "labels, checks (answers graded), tokens (sampled, trained on, scored by the teacher), FLOPs, time: mean per seed"
+        ]
         table.caption = "\n".join([*notes, *non_training_notes(report), *_unfinished_notes(report)])
     return table
 

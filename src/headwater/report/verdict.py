@@ -150,7 +150,7 @@ def uninformative(report: dict[str, Any]) -> list[str]:
             causes = " ".join(dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in silent))
             arms.setdefault(causes, []).append(f"{name} ({count(arm['labels']['distinct'])} labels)")
     sentences = [
-        f"No label bought anything in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
+        f"No label had an effect in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
         for causes, names in arms.items()
     ]
     return [*sentences, *_unchanged_teachers(report)]

@@ -43,6 +43,7 @@ class NodeStatus:
 
     pool  what it trains on or samples from, in words; empty if it trains nothing, and where the recipe cannot be read
     arms  the arms that it is part of
+    warnings  sentences of the guards, and of a failed node why it failed
     work  what a node at work does beside its steps; empty otherwise. Example: `12 of 40 completions`, `measuring C2`
 
     Example: `NodeStatus("opd.s0.1a2b3c4d", "On-policy distillation", "student", 0, "at work", 12, 80, 34.0, 120.0,
@@ -172,7 +173,10 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
         steps_a_minute=60.0 / step_seconds if step_seconds else None,
         seconds_left=0.0 if state in ("done", "failed") else left,
         numbers={key: float(last[key]) for key in [key for key in KEY_METRICS if is_finite_number(last.get(key))][:3]},
-        warnings=tuple(clean(str(row["sentence"])) for row in node.warnings),
+        warnings=tuple(
+            clean(str(row["sentence"]))
+            for row in (*node.warnings, *([node.failure] if node.failure and state == "failed" else []))
+        ),
         work=work.text,
     )
 
@@ -303,7 +307,9 @@ def status_table(status: RunStatus, height: int | None = None, width: int = 110)
             *([metrics] if ends else []),
         )
     summary = f"{status.done} of {len(status.nodes)} nodes done"
-    if status.done < len(status.nodes):
+    failed = sum(node.state == "failed" for node in status.nodes)
+    summary += f", {failed} failed" if failed else ""
+    if status.done + failed < len(status.nodes):
         left = status.seconds_left
         summary += f", time left: {UNKNOWN if left is None else duration(left)}"
         summary += f" with {status.at_work} nodes at once" if left is not None and status.at_work > 1 else ""

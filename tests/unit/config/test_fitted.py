@@ -121,6 +121,7 @@ def test_estimated_times_stand_in_head_and_beside_steps() -> None:
         times={"total": 5400.0, "teacher_rl": 1200.0, "warmup": 60.0, "opd": 600.0, "student_rl": 12.0}
     ).text()
     assert "# time     1.5 h for `headwater run my.yaml`" in text
+    assert "overhead of small models come on top" in text
     lines = [line for line in text.splitlines() if "steps" in line and "; about " in line]
     assert [line.split("; about ")[1] for line in lines] == ["20 min", "60 s", "10 min", "12 s"]
 

@@ -294,7 +294,9 @@ def test_prompt_over_limit_is_refused_with_its_problem(tmp_path: Path) -> None:
 
 def test_prompt_and_completion_beyond_positions_are_refused(tmp_path: Path) -> None:
     finding = find(light(tmp_path, "stages.opd.sampling.max_tokens=500"), "context-too-short")
-    assert "512 positions" in finding.evidence
+    assert "(stages.opd.sampling.max_tokens 500)" in finding.evidence and "512 positions" in finding.evidence
+    finding = find(light(tmp_path, "evaluate.sampling.max_tokens=501"), "context-too-short")
+    assert "(evaluate.sampling.max_tokens 501)" in finding.evidence
 
 
 LONGROPE = {  # the shortest prompt has 13 tokens, the longest 19

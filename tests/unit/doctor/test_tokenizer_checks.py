@@ -54,6 +54,12 @@ def test_good_pair_is_noted_with_figures(tmp_path: Path) -> None:
     assert "stages.warmup.dense.tokenizers=prefix and stages.opd.dense.tokenizers=prefix" in refused.findings[0].remedy
 
 
+def test_shared_tokens_of_unlike_divisions_are_warned_about(tmp_path: Path) -> None:
+    shared = [change.replace("prefix", "shared") for change in ALIGNED]
+    result = examined(tmp_path, teacher_with(tmp_path / "pairs", make_tokenizer("pairs")), *shared)
+    assert names(result) == {"tokenizers-aligned": "note", "shared-tokens-mislead": "warning"}
+
+
 def test_one_tokenizer_needs_no_alignment(tmp_path: Path) -> None:
     assert names(examined(tmp_path, *ALIGNED)) == {"tokenizers-equal": "note"}
 

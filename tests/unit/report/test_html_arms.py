@@ -31,6 +31,12 @@ def test_accuracy_cell_holds_its_interval(values: dict[str, Any]) -> None:
     assert table.columns[1].cell(bridge) == f"{mean}\n[{low}, {high}]"
 
 
+def test_table_without_evaluations_has_costs_alone(values: dict[str, Any]) -> None:
+    values["evals"] = []
+    section = html_arms.arms(values)
+    assert section.view["table"].caption == "Costs" and titles(values)[:3] == ["arm", "labels", "FLOPs"]
+
+
 def test_pass_and_majority_are_left_out_with_one_sample(values: dict[str, Any]) -> None:
     assert {"pass@4, %", "maj@4, %"} <= set(titles(values))
     for arm in values["arms"].values():

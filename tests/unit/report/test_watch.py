@@ -161,6 +161,19 @@ def test_status_table_of_one_arm_names_it_in_its_title(half: Path) -> None:
     assert "4 of 5 nodes done, time left: 14 s" in text
 
 
+def test_status_table_of_failed_run_says_why_without_time_left(half: Path) -> None:
+    plan = json.loads((half / "plan.json").read_text())
+    del plan["arms"]["bridge_rl"]
+    (half / "plan.json").write_text(json.dumps(plan))
+    failure = {"sentence": "opd, step 12 of 40: the loss is not finite", "code": 4}
+    (half / "nodes" / names(half, "bridge")[-1] / "FAILED").write_text(json.dumps(failure))
+    console = Console(file=io.StringIO(), width=110)
+    console.print(watch.status_table(watch.read_status(half), width=110))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "4 of 5 nodes done, 1 failed\n" in text and "time left" not in text
+    assert failure["sentence"] in text
+
+
 def test_time_left_of_parallel_nodes_is_shared() -> None:
     states: list[tuple[watch.State, float]] = [("at work", 10.0), ("at work", 20.0), ("waiting", 30.0), ("done", 0.0)]
     nodes = tuple(
