@@ -29,9 +29,11 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
         _, size, vocabulary = spec.split(":")
         hidden = int(size.split("x")[1])
         inputs[f"{role}_hidden"] = torch.randn(case.tokens, hidden, generator=generator).to(device, dtype)
-        head = nn.Linear(hidden, int(vocabulary), bias=False, device=device, dtype=dtype)
-        head.weight.data.copy_(0.02 * torch.randn(int(vocabulary), hidden, generator=generator))
-        inputs[f"{role}_head"] = head.requires_grad_(role == "student")
+        # Without a temporary of the head's size: the process's peak would be that of loading.
+        weight = torch.empty(int(vocabulary), hidden).normal_(std=0.02, generator=generator).to(device, dtype)
+        head = nn.Linear(hidden, int(vocabulary), bias=False, device="meta")
+        head.weight = nn.Parameter(weight, requires_grad=role == "student")
+        inputs[f"{role}_head"] = head
     inputs["student_hidden"].requires_grad_()
     inputs["targets"] = torch.randint(int(vocabulary), (case.tokens,), generator=generator).to(device)
     return inputs

@@ -118,7 +118,7 @@ def usage_sentence(error: Any) -> str:
     message, context = error.format_message().rstrip("."), error.ctx
     sentence = f"{message[:1].lower()}{message[1:]}"
     if context is None or context.parent is None:
-        return f"{sentence}{command_meant(message, context)}; `headwater --help` lists the commands"
+        return f"{sentence.rstrip('?')}{command_meant(message, context)}; `headwater --help` lists the commands"
     verb, option = context.info_name, getattr(error, "option_name", None)
     example = next((line.strip() for line in (context.command.epilog or "").splitlines() if "headwater " in line), "")
     if option is not None:
@@ -132,7 +132,7 @@ def usage_sentence(error: Any) -> str:
 
 
 def command_meant(message: str, context: Any) -> str:
-    """The command whose option has the name of an unknown command: `; did you mean `headwater report --audit`?` for `audit`."""
+    """The command whose option has the name of an unknown command: `; did you mean `headwater report --audit`` for `audit`."""
     named = re.search(r"'([\w-]+)'", message)
     commands = {} if context is None else getattr(context.command, "commands", {})
     owners = [
@@ -140,7 +140,7 @@ def command_meant(message: str, context: Any) -> str:
         for name, command in commands.items()
         if named and any(f"--{named[1]}" in param.opts for param in command.params)
     ]
-    return f"; did you mean `headwater {owners[0]} --{named[1]}`?" if named and owners else ""
+    return f"; did you mean `headwater {owners[0]} --{named[1]}`" if named and owners else ""
 
 
 def main() -> None:

@@ -62,7 +62,8 @@ def _costs(report: dict[str, Any], arm: str) -> str:
         return "without training"
     labels = costs["labels"]["distinct"]
     spent = f"{count(labels)} label{'s' * (labels != 1)}, {units(costs['flops'], 'FLOPs')}"
-    return f"with {spent} and {duration(costs['seconds'])} of training"
+    time = duration(costs["seconds"]).replace(" ", "\u00a0")
+    return f"with {spent} and {time} of training"
 
 
 def stops(study: Study, report: dict[str, Any]) -> list[str]:
