@@ -53,6 +53,8 @@ ORDINARY = frozenset({
 """Parts whose time and memory are proportional to the text."""
 NESTED_REPEAT = re.compile(r"\)[*+{?]?[*+{]|\\[1-9kg]")
 """In a regular expression: a repeated group or a back reference, which can take exponential time."""
+MOST_REPEATS = 3
+"""Repetitions in one alternative of an ordinary regular expression: k of them may take time that grows with the k-th power."""
 
 
 def problem_of_tokenizer(folder: Path, rows: int | None) -> str | None:
@@ -116,7 +118,9 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
         return None
     patterns = {part["Regex"] for part in _parts(tokenizer) if isinstance(part.get("Regex"), str)}
     characters = sorted(set("".join(patterns)))[:MAX_CHARACTERS]
-    return _problem_in_child(first[0], first[1], [character * 40 + "~" for character in characters])
+    return _problem_in_child(
+        first[0], first[1], [character * 60 + end for character in characters for end in ("~", "")]
+    )
 
 
 def _ids(name: str, value: dict[str, Any]) -> Iterator[int]:
@@ -204,8 +208,14 @@ def _is_small(key: str, value: Any) -> bool:
     if isinstance(value, list):
         return len(value) <= ORDINARY_PARTS and all(_is_small(key, item) for item in value)
     if isinstance(value, str):
-        return len(value) <= ORDINARY_TEXT and not (key == "Regex" and NESTED_REPEAT.search(value))
+        return len(value) <= ORDINARY_TEXT and not (key == "Regex" and _is_slow(value))
     return not isinstance(value, (int, float)) or 0 <= value <= SPARE_IDS or key == "id"
+
+
+def _is_slow(pattern: str) -> bool:
+    plain = re.sub(r"\\[pP]\{[^}]*\}", "", pattern)  # classes of characters, such as \p{L}
+    repeats = (sum(map(alternative.count, "*+{")) for alternative in plain.split("|"))
+    return NESTED_REPEAT.search(pattern) is not None or max(repeats) > MOST_REPEATS
 
 
 def _problem_in_child(path: Path, size: int, texts: Sequence[str]) -> str | None:

@@ -172,6 +172,7 @@ IN_CHILD: dict[str, tuple[dict[str, Any], str | None]] = {
         "makes the tokenizers library fail",
     ),
     "panic": (replaced(pre_tokenizer=split("(k|k|kk)+$")), "makes the tokenizers library fail"),
+    "polynomial time": (replaced(pre_tokenizer=split("k*k*k*k*k*k*k*k*[^k\\s]")), "makes the tokenizers library fail"),
     "many ids": (
         replaced(
             post_processor={
