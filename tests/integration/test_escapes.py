@@ -101,7 +101,7 @@ def test_model_folder_reaches_terminal_without_control_characters(part: str, tmp
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
     data = tmp_path / "d.jsonl"
     data.write_text('{"problem": "17+45", "answer": "62"}\n', encoding="utf-8")
-    result = call("evaluate", folder, "--data", data, "--task", "sums", "--samples", "1", "--device", "cpu")
+    result = call("eval", folder, "--data", data, "--task", "sums", "--samples", "1", "--device", "cpu")
     assert result.code == 2 and quiet(result)
 
 

@@ -6,6 +6,7 @@ transformers reads entries that contradict each other, such as a temperature wit
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ SAMPLING = frozenset({
     "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_return_sequences",
 })  # fmt: skip
 """Entries that are valid only with `do_sample`."""
+MAX_ENTRIES, MAX_CHARACTERS = 500, 1 << 18
+"""Bounds of a generation config, and of the ids that end a completion: each entry may be tried with a copy of all others, and every
+such id is compared with every token."""
 
 
 def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
@@ -31,6 +35,7 @@ def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[Genera
 
     A sampling setting without `do_sample` turns `do_sample` on: engines such as vLLM sample with the setting whatever `do_sample`
     says. Every other entry that transformers refuses to write is left out; no such entry affects training or evaluation here.
+    Raises ValueError for ids that end a completion and are none, and for a file of absurd size.
     """
     file = cached_file(path, FILE, _raise_exceptions_for_missing_entries=False)
     try:
@@ -39,6 +44,8 @@ def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[Genera
         entries = None  # transformers derives it from the config then, too
     if not isinstance(entries, dict):
         entries = _derived(config)
+    _refuse_unusual({"eos_token_id": config.get("eos_token_id")})  # these end a completion, too
+    _refuse_unusual(entries)
     valid = _valid(entries)
     if valid is not None:
         return valid, ()
@@ -55,6 +62,17 @@ def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[Genera
     changes = ["do_sample is set to true"] if kept.get("do_sample") != entries.get("do_sample") else []
     changes += [f"{name} is left out" for name in dropped]
     return GenerationConfig.from_dict(kept), tuple(changes)
+
+
+def _refuse_unusual(entries: Mapping[str, Any]) -> None:
+    if len(entries) > MAX_ENTRIES or len(json.dumps(entries, default=str)) > MAX_CHARACTERS:
+        raise ValueError(
+            f"it has over {MAX_ENTRIES} entries or {MAX_CHARACTERS:,} characters, eos_token_id of the config included"
+        )
+    ids = entries.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(value) is int and abs(value) < 1 << 31 for value in listed):
+        raise ValueError("eos_token_id must be a token id or a list of them")
 
 
 def _derived(config: Mapping[str, Any]) -> dict[str, Any]:

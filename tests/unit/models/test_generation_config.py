@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.save import save_policy
@@ -66,3 +67,20 @@ def test_generation_settings_move_from_old_config(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert "temperature" not in saved and "do_sample" not in saved
     assert (generation["temperature"], generation["do_sample"], generation["eos_token_id"]) == (0.7, True, 3)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"eos_token_id": [3, None]}, "eos_token_id must be a token id"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id"),
+        ({"eos_token_id": 10**30}, "eos_token_id must be a token id"),
+        ({"eos_token_id": list(range(100_000))}, "it has over 500 entries or 262,144 characters"),
+        ({f"entry{n}": 1 for n in range(1000)}, "it has over 500 entries or 262,144 characters"),
+    ],
+)
+def test_hostile_generation_config_is_refused(entries: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=f"models.student: the generation config .* cannot be read .{message}"):
+        ModelFolder.open(str(folder), "models.student").stop_ids  # noqa: B018
