@@ -19,6 +19,7 @@ from headwater.report.format import count, duration, p_text, percent, points, un
 from headwater.report.html_curves import curves
 from headwater.report.render import render
 from headwater.report.study import Study, read_study
+from headwater.report.verdict import failure_word
 from headwater.report.view import Column, Section, Table, interval_axis
 from headwater.storage.run_dir import FREE, RunDir, first_difference, read_json, write_atomic, write_json
 from headwater.storage.untrusted import refuse_links, refuse_malformed_files
@@ -179,7 +180,8 @@ def _accuracy(arm: dict[str, Any], eval_name: str) -> str:
     if eval_name in arm["accuracy"]:
         mean, low, high = (percent(arm["accuracy"][eval_name][key]) for key in ("mean", "low", "high"))
         return f"{mean} [{low}, {high}]"
-    return "failed" if arm["failed"] else "unfinished" if arm["unfinished"] else MISSING
+    states = (failure_word(row).lower() if row["state"] == "failed" else row["state"] for row in arm["failed"].values())
+    return next(states, "unfinished" if arm["unfinished"] else MISSING)
 
 
 def _interval(arm: dict[str, Any], eval_name: str) -> Interval | None:

@@ -148,7 +148,8 @@ def uninformative(report: dict[str, Any]) -> list[str]:
             # The sentence of a stage that stopped for it says why already.
             silent = [] if arm["failed"] else [row for row in rows if row["no_signal"]]
             causes = " ".join(dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in silent))
-            arms.setdefault(causes, []).append(f"{name} ({count(arm['labels']['distinct'])} labels)")
+            labels = arm["labels"]["distinct"]
+            arms.setdefault(causes, []).append(f"{name} ({count(labels)} label{'s' * (labels != 1)})")
     sentences = [
         f"No label had an effect in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
         for causes, names in arms.items()

@@ -87,3 +87,14 @@ def test_runs_are_of_one_recipe_if_only_free_fields_differ(runs: list[Path], tmp
 )
 def test_run_names_are_shortest_distinct_paths(folders: list[str], names: list[str]) -> None:
     assert side_by_side.run_names([Path("/data", folder) for folder in folders]) == names
+
+
+@pytest.mark.parametrize(("code", "state"), [(4, "stopped"), (1, "failed")])
+@pytest.mark.usefixtures("undrawn")
+def test_comparison_tells_stopped_from_failed_arm(runs: list[Path], tmp_path: Path, code: int, state: str) -> None:
+    values = side_by_side.write(tmp_path, runs)
+    arm = values["runs"]["b/run"]["arms"]["bridge"]
+    failure = {"state": "failed", "sentence": "opd, step 3 of 12: no gradient", "stage": "opd", "code": code}
+    arm |= {"accuracy": {}, "failed": {"0": failure}}
+    accuracy = side_by_side.tables(values)[0]
+    assert accuracy.columns[1].cell(accuracy.rows[-1]) == state
