@@ -51,7 +51,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
     "run pocket --arm opd_only --set stages.opd.dense.tokenizers=prefix --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
-    "study pocket --arms improved --seeds 0,1 --dry-run": "opd2_compute",
+    "study pocket --arms improved --seeds 0,1 --dry-run": "opd.s1",
     "study pocket --arms bridge,direct_grpo,raw_teacher --seeds 0,1,2 --dry-run": "teacher_rl",
     "study pocket --arms bridge_1h,bridge_rl,replay --dry-run": "student_rl",
     "study paper-qwen3-1.7b --arms direct_grpo,bridge --dry-run --on 16xh200 --mean-tokens 3000": "GPU-hours",

@@ -51,6 +51,7 @@ class FittedRecipe(FittedSizes):
         if data.solution_tokens is not None:
             answers = f"worked solutions of {data.solution_tokens[0]:.0f} tokens on average"
         return [
+            "yaml-language-server: $schema=recipe.schema.json",
             "Written by `headwater init mine` from this pair, these problems and this device. Every value may be changed; its comment",
             "says what it is and where it comes from. `headwater doctor` judges changed values too.",
             "",
@@ -68,6 +69,7 @@ class FittedRecipe(FittedSizes):
             "headwater probe my.yaml             measure whether the labels belong on the teacher or on the student",
             "headwater run my.yaml --dry-run     list the stages with their costs; with --on h100, hours on that device",
             "headwater run my.yaml --out runs/my",
+            "headwater explain --schema > recipe.schema.json   complete fields in editors, by the first line of this file",
         ]
 
     def remarks(self) -> list[str]:

@@ -104,10 +104,25 @@ def compare(studies: dict[str, Study]) -> dict[str, Any]:
 
 
 def differing_settings(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Dotted field -> run -> value, for the fields in which the recipes differ. A missing field is null."""
-    flat = {name: dict(_leaves(recipe)) for name, recipe in recipes.items()}
-    fields = sorted({field for values in flat.values() for field in values})
-    rows = {field: {name: values.get(field) for name, values in flat.items()} for field in fields}
+    """Dotted field -> run -> value, for the fields in which the recipes differ. A missing field is null.
+
+    A section that some recipes lack, such as a stage, is one row with its number of fields.
+    """
+    flat = {
+        name: {field: value for field, value in _leaves(recipe) if value is not None}
+        for name, recipe in recipes.items()
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for field in sorted({field for values in flat.values() for field in values}):
+        parts = field.split(".")
+        for end in range(1, len(parts)):
+            section = ".".join(parts[:end])
+            sizes = {name: sum(other.startswith(f"{section}.") for other in values) for name, values in flat.items()}
+            if not all(sizes.values()) and not any(section in values for values in flat.values()):
+                rows[section] = {name: f"{size} fields" if size else None for name, size in sizes.items()}
+                break
+        else:
+            rows[field] = {name: values.get(field) for name, values in flat.items()}
     return {
         field: row for field, row in rows.items() if any(value != next(iter(row.values())) for value in row.values())
     }

@@ -11,6 +11,7 @@ import pytest
 from fake_runs import ARMS, TEACHER, by_problem, fake_run, graded
 from headwater.errors import UserError
 from headwater.report import side_by_side
+from headwater.report.side_by_side import differing_settings
 
 
 def changed_recipe(out: Path, **changes: object) -> Path:
@@ -98,3 +99,14 @@ def test_comparison_tells_stopped_from_failed_arm(runs: list[Path], tmp_path: Pa
     arm |= {"accuracy": {}, "failed": {"0": failure}}
     accuracy = side_by_side.tables(values)[0]
     assert accuracy.columns[1].cell(accuracy.rows[-1]) == state
+
+
+def test_section_of_one_recipe_alone_is_one_row() -> None:
+    warmup = {"steps": 4, "optim": {"lr": 1e-3}}
+    plain = {"seed": 0, "stages": {"opd": None, "warmup": warmup}}
+    opd = {"steps": 8, "optim": {"lr": 1e-4, "beta1": 0.9}}
+    longer = {"seed": 0, "stages": {"opd": opd, "warmup": {"steps": 4, "optim": {"lr": 2e-3}}}}
+    assert differing_settings({"a": plain, "b": longer}) == {
+        "stages.opd": {"a": None, "b": "3 fields"},
+        "stages.warmup.optim.lr": {"a": 1e-3, "b": 2e-3},
+    }
