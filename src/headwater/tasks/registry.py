@@ -96,14 +96,6 @@ TASKS: dict[str, Task] = {
         as_completion=lambda gold: f"={gold}",
         generator=Generator(sums.generate, sums.SumsDials),
     ),
-    "skills": Task(
-        "skills",
-        skills.grade,
-        _after_equals,
-        bounded=False,
-        as_completion=lambda gold: f"={gold}",
-        generator=Generator(skills.generate, skills.SkillsDials),
-    ),
     "countdown": Task(
         "countdown",
         countdown.grade,
@@ -113,6 +105,14 @@ TASKS: dict[str, Task] = {
         gold=cell_as_is,
         one_answer=False,
         generator=Generator(countdown.generate, countdown.CountdownDials),
+    ),
+    "skills": Task(
+        "skills",
+        skills.grade,
+        _after_equals,
+        bounded=False,
+        as_completion=lambda gold: f"={gold}",
+        generator=Generator(skills.generate, skills.SkillsDials),
     ),
     "words": Task(
         "words",

@@ -155,7 +155,8 @@ def test_estimate_names_data_of_unknown_size(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     answer = call("run", "gsm8k", "--dry-run", "--set", "data.labeled=elsewhere.jsonl")
     assert answer.code == 2
-    assert "data.labeled: elsewhere.jsonl is not here, and data.labeled.limit does not say" in answer.err
+    assert "data.labeled: elsewhere.jsonl: no such file" in answer.err
+    assert "(an estimate needs the file, or data.labeled.limit)" in answer.err
     text = call("run", "gsm8k", "--dry-run", "--on", "rtx4090").out
     assert "data.labeled: gsm8k/train.jsonl is not here; assumed to hold 7,473 problems, its limit" in text
     assert "which fits" in text and "GPU-hours" in text

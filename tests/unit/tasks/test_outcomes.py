@@ -59,7 +59,9 @@ def test_outcomes_name_largest_share_first_and_its_remedy() -> None:
     assert outcomes.because(48) == (
         "96 % of the completions were cut at max_tokens = 48, 3 % held no answer that the grader finds, 1 % were wrong"
     )
-    assert outcomes.remedy("stages.opd").startswith("raise stages.opd.sampling.max_tokens, or check ")
+    assert outcomes.remedy("stages.opd").startswith(
+        "raise stages.opd.sampling.max_tokens or, if the answers never end, lower "
+    )
 
 
 def test_each_outcome_has_its_own_description_and_remedy() -> None:
