@@ -110,6 +110,7 @@ class ModelFolder:
 
     def _require_on_hub(self) -> None:
         """Raises UserError for a hub id that is not in the cache while the hub cannot be reached, or that it does not have."""
+        hub.unreachable()  # where it is, the libraries are told not to ask it, and read what is in the cache
         if self.is_cached:
             return
         if hub.in_local_folder(self.name):

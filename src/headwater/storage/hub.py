@@ -112,7 +112,7 @@ def absent(name: str, host: str) -> str:
 def names_here(name: str) -> list[str]:
     """Files and folders that a name may mean: those in the working folder, and in its first part where that is one of them."""
     parent = Path(name).parts[0]
-    names = [path.name for path in Path().iterdir() if not path.name.startswith(".")]
+    names = [path.name for path in Path().iterdir() if not path.name.startswith(".") and path.name != parent]
     inside = [f"{parent}/{path.name}" for path in Path(parent).iterdir()] if Path(parent).is_dir() else []
     return [*names, *inside]
 
