@@ -102,6 +102,14 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "models.student=pocket:llama-student --set models.teacher=pocket:llama-teacher --set models.expert=null",
         "teacher_rl",
     ),
+    "study pocket-skills --arms bridge_1h,bridge_rl,replay --seeds 0,1,2,3,4 --set stages.teacher_rl.epochs=20 "
+    "--set guards.no_signal=continue  "
+    "--set data.labeled.generate.dials.skills=96 --set data.evals.skills.generate.dials.skills=96 --out RUNS/skills-96": (
+        "study pocket-skills --arms bridge_1h,bridge_rl,replay --seeds 0,1,2,3,4 --set stages.teacher_rl.epochs=20 "
+        "--set guards.no_signal=continue "
+        "--set data.labeled.generate.dials.skills=96 --set data.evals.skills.generate.dials.skills=96 --dry-run",
+        "teacher_rl",
+    ),
     "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out RUNS/countdown": (
         "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --dry-run",
         "teacher_rl",
