@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 
 import torch
 
@@ -34,12 +35,15 @@ from headwater.training.groups import (
     replace_uninformative,
     truncated_share,
     with_rewards,
+    with_tags,
 )
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
 from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
+
+NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
@@ -53,6 +57,7 @@ class CachedRollouts:
 
     prompts  the problem ids of the pool. The cache may hold only those of its rollouts, `stage.group_size` for each prompt, that
              come first in the first epoch
+    tags     problem id -> tag, for a loss that is normalized by tag; else empty
     """
 
     def __init__(
@@ -62,8 +67,9 @@ class CachedRollouts:
         stage: Stage,
         seed: int,
         ranks: ProcessGroup = SINGLE_PROCESS,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> None:
-        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in rows}
+        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags)}
         self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
         self._stage, self._seed, self._ranks = stage, seed, ranks
         self._epoch, self._order = -1, list[int]()
@@ -110,6 +116,8 @@ class PolicyRollouts:
     parts: int = 1
     labels_shown: frozenset[str] = frozenset()
     """Problems whose gold answer the teacher reads in its prompt: scoring their rollouts uses a label."""
+    tags: Mapping[str, str] = NO_TAGS
+    """Problem id -> tag, for a loss that is normalized by tag; else empty."""
 
     def __call__(self, step: int) -> StepBatch:
         sampled: list[Row] = []
@@ -142,7 +150,7 @@ class PolicyRollouts:
             metrics["reward"] = sum(row.verdict.correct for row in sampled if row.verdict) / len(sampled)
             metrics["informative"] = 1.0 - count_uninformative(sampled, group_size) / groups
             metrics["best_of_group"] = count_solved(sampled, group_size) / groups
-        return self._batch(kept, metrics, sampled, kept)
+        return self._batch(with_tags(kept, self.tags), metrics, sampled, kept)
 
     def _batch(
         self, rows: list[Row], metrics: Metrics, sampled: list[Row], scored: list[Row], stopped: str | None = None
