@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from types import MappingProxyType
 
 import torch
 
@@ -39,11 +38,10 @@ from headwater.training.groups import (
 )
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
+from headwater.training.teacher_contrast import contrast_metrics
 from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
-
-NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
@@ -67,9 +65,9 @@ class CachedRollouts:
         stage: Stage,
         seed: int,
         ranks: ProcessGroup = SINGLE_PROCESS,
-        tags: Mapping[str, str] = NO_TAGS,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags)}
+        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags or {})}
         self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
         self._stage, self._seed, self._ranks = stage, seed, ranks
         self._epoch, self._order = -1, list[int]()
@@ -116,7 +114,7 @@ class PolicyRollouts:
     parts: int = 1
     labels_shown: frozenset[str] = frozenset()
     """Problems whose gold answer the teacher reads in its prompt: scoring their rollouts uses a label."""
-    tags: Mapping[str, str] = NO_TAGS
+    tags: Mapping[str, str] = field(default_factory=dict)
     """Problem id -> tag, for a loss that is normalized by tag; else empty."""
 
     def __call__(self, step: int) -> StepBatch:
@@ -144,6 +142,8 @@ class PolicyRollouts:
             metrics["max_tokens"] = self.stage.sampling_at(step).max_tokens
         if isinstance(self.teacher, TranslatedTeacher) and self.teacher.pair is not None:
             metrics |= alignment_metrics(kept, self.policy.ranks)
+        if self.teacher is not None:
+            metrics |= contrast_metrics(kept, self.teacher.vocabulary, self.policy.ranks)
         if self.labels is not None:
             group_size = self.stage.group_size
             groups = len(sampled) // group_size

@@ -19,7 +19,9 @@ def findings_of(check: object, out: Path, *changes: str) -> tuple[Finding, ...]:
     """Findings of one check of the tiny pocket recipe's arm `raw_teacher`."""
     inputs = RunInputs(find_recipe("pocket", [*TINY, *changes]), need_answers=False)
     with inputs:
-        result = examine(DoctorContext(inputs, ("raw_teacher",), (0,), out), [row for row in CHECKS if row.run is check])
+        result = examine(
+            DoctorContext(inputs, ("raw_teacher",), (0,), out), [row for row in CHECKS if row.run is check]
+        )
     return result.findings
 
 
