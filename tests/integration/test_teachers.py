@@ -94,7 +94,7 @@ def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, t
         assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes).code == 0
 
 
-def test_guard_stops_run_whose_server_turns_uniform(pocket_teacher: Policy, tmp_path: Path) -> None:
+def test_guard_stops_run_when_server_turns_uniform(pocket_teacher: Policy, tmp_path: Path) -> None:
     good, steps = Answering(pocket_teacher), "metrics.jsonl"
 
     def flat(path: str, body: dict[str, Any] | None) -> Any:
