@@ -22,7 +22,15 @@ from headwater.doctor import advice
 from headwater.doctor.checks import preflight
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.probe_result import ProbeResult
-from headwater.doctor.probe_samples import ModelSamples, ProbeTask, as_student_reads, first_part, sample_model, spend_of
+from headwater.doctor.probe_samples import (
+    ModelSamples,
+    ProbeTask,
+    Role,
+    as_student_reads,
+    first_part,
+    sample_model,
+    spend_of,
+)
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, informative_share
 from headwater.errors import UserError
 from headwater.models.rope import mixed_lengths
@@ -227,7 +235,8 @@ def continue_right_answers(
     parts = {name: first_part(own, its, supervisor, PREFIX) for name, (own, its) in answers.items()}
     prompts = {name: {"student": its.prompt_ids, "teacher": own.prompt_ids} for name, (own, its) in answers.items()}
     accuracy = {}
-    for role, samples in (("student", student), ("teacher", teacher)):
+    roles: tuple[tuple[Role, ModelSamples], ...] = (("student", student), ("teacher", teacher))
+    for role, samples in roles:
         requests = [
             Request(name, sample, prompts[name][role] + parts[name][role], (task.seed, "probe", "finish", name, sample))
             for name in answers
