@@ -52,7 +52,7 @@ def test_engines_of_several_ranks_equal_one_process(size: int, devices: int, tmp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
-def test_engines_get_merged_adapters_one_matrix_at_a_time(tmp_path: Path) -> None:
+def test_engines_get_merged_adapters_matrix_by_matrix(tmp_path: Path) -> None:
     changes = ("models.lora.r=4", "models.lora.alpha=8", "stages.student_rl.optim.lr=0.01")
     ended = run(tmp_path / "two", 2, *changes, options=("--arm", "direct_grpo"))
     assert [rank.code for rank in ended] == [0, 0], ended
@@ -75,7 +75,7 @@ def test_full_device_of_one_rank_ends_run_with_its_sentence(tmp_path: Path) -> N
     assert ended[0].code == 4 and "another process of this run was lost" in ended[0].err, ended
 
 
-def test_tensor_parallel_size_that_divides_no_ranks_is_refused(tmp_path: Path) -> None:
+def test_tensor_parallel_size_must_divide_ranks(tmp_path: Path) -> None:
     ended = run(tmp_path / "out", 2, "compute.vllm.tensor_parallel_size=3")
     assert [rank.code for rank in ended] == [2, 2], ended
     assert "compute.vllm.tensor_parallel_size: 3 does not divide the 2 processes of this run" in ended[0].err

@@ -86,8 +86,9 @@ class LLM:
         self.waiting = [request for request in self.waiting if len(request.prompt_ids) != length]
         if self.group is not None:
             size = dist.get_world_size(self.group)
+            requests = [(request.prompt_ids, request.params.seed) for request in batch]
             parts: list[Any] = [None] * size
-            dist.all_gather_object(parts, [(one.prompt_ids, one.params.seed) for one in batch], group=self.group)
+            dist.all_gather_object(parts, requests, group=self.group)
             assert parts == parts[:1] * size, parts
         params = batch[0].params
         draws_BT = torch.stack([

@@ -65,7 +65,7 @@ def test_engine_devices_and_weight_transfer_follow_recipe(
     assert tensors.keys() == state.keys() and all(torch.equal(tensors[key], state[key]) for key in state)
 
 
-def test_engine_that_sleeps_wakes_weights_then_cache_and_drops_both(policy: Policy) -> None:
+def test_sleeping_engine_wakes_weights_then_cache_and_drops_both(policy: Policy) -> None:
     engine = Engine(Recorded(), sleeps=True)
     policy.model.requires_grad_(False)
     for _ in range(2):  # it has dropped the weights of a frozen policy too
@@ -105,7 +105,7 @@ class Recipient:
         return self.others
 
 
-def test_ranks_that_engines_do_not_divide_are_refused() -> None:
+def test_rank_count_without_whole_engines_is_refused() -> None:
     check_rank_count(2, 8)
     with pytest.raises(UserError, match=r"^compute\.vllm\.tensor_parallel_size: 3 does not divide the 8 processes"):
         check_rank_count(3, 8)
