@@ -1,8 +1,8 @@
 """Benchmark cases as plain values, equal for Headwater and each peer. Does not import torch.
 
 A model is named by a spec: `pocket:NAME` ships with the package; `random:LAYERSxHIDDEN:VOCABULARY` is Qwen3-shaped with random
-weights, `qwen2.5:LAYERSxHIDDEN:VOCABULARY` Qwen2.5-shaped (`models.py` makes them); `real:NAME` is one of `tools.real`. `endless` models
-have an end token that cannot be sampled, so every completion has full length.
+weights, `qwen2.5:LAYERSxHIDDEN:VOCABULARY` Qwen2.5-shaped (`models.py` makes them); `real:NAME` is one of `tools.real`. `endless`
+models have an end token that cannot be sampled, so every completion has full length.
 """
 
 from __future__ import annotations
