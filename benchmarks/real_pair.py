@@ -186,6 +186,7 @@ def gold_work(case: Case) -> PairWork:
         return clock.rows
 
     def held_out() -> Row:
+        trainer.teacher_model = trainer.optimizer = None  # two more models are loaded
         before, its_teacher = policy_of(folder, frozen=True), policy_of(teacher_folder, frozen=True)
         texts = held_out_texts(before, case.new_tokens)
         before.model.load_state_dict(trainer.model.state_dict())
