@@ -280,6 +280,10 @@ class Recipe(Strict):
                 "prompt.teacher.privileged and data.labeled.columns.context (or data.unlabeled's) need each other"
             )
         for name, stage in self.stages.named.items():
+            if self.compute.overlap and stage.sparse.dynamic_sampling:
+                raise ValueError(
+                    f"compute.overlap: stages.{name}.sparse.dynamic_sampling samples again after grading; set one of them to 0"
+                )
             wanted = stage.until is not None and stage.until.metric == "validation"
             if wanted and self.data.validation is None:
                 raise ValueError(f"stages.{name}.until.metric validation: data.validation is missing")

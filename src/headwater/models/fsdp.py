@@ -111,6 +111,26 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def copy_weights(policy: Policy, whole: Policy) -> None:
+    """Copy a policy's current weights, with an adapter added, into a model that this rank holds whole. Collective.
+
+    Without an adapter the shards are gathered one weight at a time.
+    """
+    reshard(policy)
+    own = whole.model.state_dict()
+    with unsharded(policy) if policy.adapter is not None else contextlib.nullcontext(policy) as source:
+        for name, tensor in source.merged_weights():
+            own[name].copy_(full_tensor(tensor))
+
+
+def reshard(policy: Policy) -> None:
+    """Free the weights that the last pass left gathered on this rank."""
+    for module in policy.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def meta_copy(model: Any) -> Any:
     """A copy of a model with its parameters on the meta device, ties kept; it shares the config."""
     parameters = {id(parameter): _on_meta(parameter) for parameter in model.parameters()}
@@ -130,9 +150,7 @@ def unsharded(policy: Policy, device: torch.device | None = None) -> Iterator[Po
     if policy.ranks.single_process:
         yield policy
         return
-    for module in policy.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(policy)
     model, gathered = policy.meta_model, dict[int, nn.Parameter]()
     named = list(policy.model.named_parameters(remove_duplicate=False))
     with torch.no_grad():

@@ -18,4 +18,5 @@ def sampler_factory(recipe: Recipe) -> SamplerFactory:
 
 def importance_cap(recipe: Recipe) -> float | None:
     """Cap of the importance ratio p_trainer / p_sampler; None where the sampler's log-probs are the trainer's own."""
-    return None if SAMPLERS[recipe.compute.sampler].trainer_logp else recipe.compute.vllm.importance_cap
+    own = SAMPLERS[recipe.compute.sampler].trainer_logp and not recipe.compute.overlap
+    return None if own else recipe.compute.vllm.importance_cap
