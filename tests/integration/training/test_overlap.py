@@ -144,7 +144,12 @@ def test_ledger_charges_labels_of_trained_steps_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["step.begun:7=kill", "step.charged:8=kill", "step.gathered:8=term", "checkpoint.weights:4=kill"]
+    "fault",
+    [
+        "step.charged:8=kill",
+        "step.gathered:8=term",
+        *(pytest.param(fault, marks=pytest.mark.many) for fault in ("step.begun:7=kill", "checkpoint.weights:4=kill")),
+    ],
 )
 def test_killed_run_with_overlap_resumes_bit_for_bit(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -161,6 +166,7 @@ def test_killed_run_with_overlap_resumes_bit_for_bit(fault: str, tmp_path: Path)
     assert_same(out, undisturbed())
 
 
+@pytest.mark.many
 def test_two_ranks_equal_one_with_overlap_and_resume_from_other_size(tmp_path: Path) -> None:
     changes = [*OVERLAP, *(f"stages.{stage}.optim.lr=2e-5" for stage in ("teacher_rl", "warmup", "opd", "student_rl"))]
     argv = ["run", "pocket", *WHOLE_ARM]
