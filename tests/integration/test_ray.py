@@ -112,7 +112,7 @@ def test_ray_node_lost_too_often_fails_and_rest_continues(ray: Any, tmp_path: Pa
 
 
 @pytest.mark.many
-def test_cluster_that_loses_a_machine_gives_same_files(ray: Any, tmp_path: Path) -> None:
+def test_cluster_after_loss_of_machine_gives_same_files(ray: Any, tmp_path: Path) -> None:
     """Two Ray nodes with a CPU each; all processes of the second are killed while it runs a stage."""
     from ray.cluster_utils import Cluster
 

@@ -321,14 +321,14 @@ class Estimator:
 
     def device_memory(self, node: Node) -> DeviceMemory:
         """What a node holds on each device, by part. Weights and optimizer state are divided evenly over the devices (FSDP2)."""
-        held, count, compute = self.held(node), self.assumptions.devices, self.inputs.recipe.compute
+        parts, count, compute = self.held(node), self.assumptions.devices, self.inputs.recipe.compute
         trains = node.kind == "train" and node.settings is not None
         ahead = bool(compute.overlap) and node.settings is not None and node.settings.on_policy and trains
         sampler, kv_cache = self.sampler_bytes(node, ahead)
         return DeviceMemory(
-            weights=held.weights / count,
-            optimizer=held.optimizer / count,
-            frozen=(held.frozen - held.heads) / count + held.heads if count > 1 else held.frozen,
+            weights=parts.weights / count,
+            optimizer=parts.optimizer / count,
+            frozen=(parts.frozen - parts.heads) / count + parts.heads if count > 1 else parts.frozen,
             sampler=sampler,
             kv_cache=kv_cache,
             gathered=gathered_bytes(self.shape(node.start), self.trained_width(node)) if trains and count > 1 else 0.0,

@@ -87,7 +87,7 @@ def test_each_step_trains_on_weights_before_previous_update(policy: Policy, tmp_
     assert calls == [(True, first), (False, first), (False, first + 1.0)]
 
 
-def test_checkpoint_holds_next_rollouts_to_the_bit(policy: Policy, tmp_path: Path) -> None:
+def test_checkpoint_holds_next_rollouts_bit_for_bit(policy: Policy, tmp_path: Path) -> None:
     ahead, sampling = ahead_of(policy, []), Sampling(max_tokens=4)
     ahead.prepare((requests(1), sampling))
     ahead.sample(requests(0), sampling)
@@ -176,15 +176,15 @@ def test_two_ranks_equal_one_with_overlap_and_resume_from_other_size(tmp_path: P
     ended = run_ranks(2, *argv, "--out", tmp_path / "two", *sets(*changes))
     assert [rank.code for rank in ended] == [0, 0], ended
     for stage in ("teacher_rl", "opd", "student_rl"):
-        one, two = (node(tmp_path / name, "bridge_rl", stage) for name in ("one", "two"))
-        a, b = load_file(one / "model/model.safetensors"), load_file(two / "model/model.safetensors")
+        single, double = (node(tmp_path / name, "bridge_rl", stage) for name in ("one", "two"))
+        a, b = load_file(single / "model/model.safetensors"), load_file(double / "model/model.safetensors")
         assert max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a) < 1e-4
         costs = [
             [
                 {key: row[key] for key in ("labels", "checks", "tokens_sampled", "flops", "step")}
                 for row in rows(path / "ledger.jsonl")
             ]
-            for path in (one, two)
+            for path in (single, double)
         ]
         assert costs[0] == costs[1]
 

@@ -169,7 +169,7 @@ def test_overlap_of_few_tokens_is_named_on_large_vocabulary(
     assert list(training_checks.overlap_width(alone)) == []
 
 
-def test_overlap_without_stage_that_samples_is_refused(tmp_path: Path) -> None:
+def test_overlap_without_sampling_stage_is_refused(tmp_path: Path) -> None:
     off_policy = ("stages.teacher_rl=null", "stages.opd=null", "stages.student_rl=null")
     for overlap, changes, arm, names in (
         (1, off_policy, "own_stages", ["overlap-without-sampling"]),

@@ -80,15 +80,15 @@ def test_device_memory_by_hand() -> None:
     assert gathered_bytes(shape, 4) == 4.0 * (2 * head + norms + layer)
     assert whole_copy_bytes(shape, 2, trains=True) == 2.0 * (36 * layer + head) + 6.0 * (head + norms)
     assert whole_copy_bytes(shape, 2, trains=False) == 2.0 * shape.parameters
-    held = held_bytes(shape, 0, False, (shape,), 2)
-    assert (held.weights, held.optimizer, held.frozen, held.heads) == (
+    parts = held_bytes(shape, 0, False, (shape,), 2)
+    assert (parts.weights, parts.optimizer, parts.frozen, parts.heads) == (
         6.0 * shape.parameters, 12.0 * shape.parameters, 2.0 * shape.parameters, 2.0 * head,
     )  # fmt: skip
     turns = DeviceMemory(1, 2, 3, sampler=10, kv_cache=20, gathered=5, activations=6)
     assert turns.peak == 36 and replace(turns, both=True).peak == 47
 
 
-def test_sampler_and_overlap_decide_what_a_device_holds() -> None:
+def test_sampler_and_overlap_decide_device_memory() -> None:
     def opd(devices: int, *changes: str) -> DeviceMemory:
         with prepared(find_recipe("pocket", [*TINY, *changes]), ["raw_teacher"], [0]) as (plan, inputs):
             assumed = Assumptions(devices=devices, device_memory=1e9)
@@ -125,14 +125,19 @@ def test_weights_gradients_and_optimizer_state_are_divided_by_devices() -> None:
         single, shared = (estimates(plan, inputs, Assumptions(devices=devices)) for devices in (1, 4))
     assert len(single) == 7
     for alone, divided in zip(single, shared, strict=True):
-        one, four = alone.memory, divided.memory
-        assert divided.bytes == alone.bytes == one.weights + one.optimizer + one.frozen > 0
-        assert (four.weights, four.optimizer) == (one.weights / 4, one.optimizer / 4)
+        single_memory, four = alone.memory, divided.memory
         assert (
-            one.frozen / 4 < four.frozen < one.frozen or one.frozen == four.frozen == 0
+            divided.bytes == alone.bytes == single_memory.weights + single_memory.optimizer + single_memory.frozen > 0
+        )
+        assert (four.weights, four.optimizer) == (single_memory.weights / 4, single_memory.optimizer / 4)
+        assert (
+            single_memory.frozen / 4 < four.frozen < single_memory.frozen or single_memory.frozen == four.frozen == 0
         )  # an output layer is not divided
-        assert four.activations == one.activations and one.gathered == one.sampler == 0.0 < four.sampler
-        assert (four.gathered > 0.0) == (one.activations > 0.0) == (one.optimizer > 0.0)
+        assert (
+            four.activations == single_memory.activations
+            and single_memory.gathered == single_memory.sampler == 0.0 < four.sampler
+        )
+        assert (four.gathered > 0.0) == (single_memory.activations > 0.0) == (single_memory.optimizer > 0.0)
     weights = load_file(Path(ModelFolder.open("pocket:qwen3-student", "models.student").path) / "model.safetensors")
     student = sum(tensor.numel() for tensor in weights.values())
     assert {estimate.bytes for estimate in shared if estimate.name.startswith("base_student.")} == {4.0 * student}

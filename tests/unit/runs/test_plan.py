@@ -378,7 +378,7 @@ def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:
         assert changed["opd"] != plain["opd"] and changed["warmup"] == plain["warmup"], change
 
 
-def test_overlap_changes_stages_that_sample_and_their_descendants_only() -> None:
+def test_overlap_changes_sampling_stages_and_their_descendants_only() -> None:
     plain, ahead = (prints(plan_of(*changes)) for changes in ((), ("compute.overlap=1",)))
     assert prints(plan_of("compute.overlap=0")) == plain
     assert {stage for stage in plain if plain[stage] != ahead[stage]} >= {"teacher_rl", "opd", "student_rl"}
