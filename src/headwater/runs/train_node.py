@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 from headwater.config.stage import Stage
-from headwater.errors import StopRequested, TrainingStoppedError
+from headwater.errors import StopRequested, TrainingStoppedError, UserError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective, objective_of
 from headwater.models.oom import BatchBudget
@@ -77,6 +77,9 @@ def sampling_ahead(node: Node, context: NodeContext, policy: Policy, steps: int)
     if not (context.inputs.recipe.compute.overlap and node.settings.on_policy):
         yield None
         return
+    sampler = context.inputs.recipe.compute.sampler
+    if sampler != "torch" and not policy.ranks.single_process:
+        raise UserError(f"compute.overlap: with compute.sampler {sampler} it runs in one process; leave torchrun out")
     ahead = AheadSampler(policy, context.sampling_copy(node), context.inputs.sampler, context.sampler(policy), steps)
     try:
         yield ahead

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
@@ -102,6 +103,26 @@ class AheadSampler:
     def _end_if_closed(self, finished: Sequence[Rollout]) -> None:
         if self._closed:
             raise InterruptedError
+
+
+@dataclass(frozen=True)
+class LockedSampler:
+    """A sampler that waits until no other one of its factory samples."""
+
+    sampler: Sampler
+    lock: Lock
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Rollout]:
+        with self.lock:
+            return self.sampler.sample(requests, sampling, on_finished)
+
+
+def one_at_a_time(make_sampler: SamplerFactory) -> SamplerFactory:
+    """A factory whose samplers take turns: a measurement waits for the rollouts that are sampled ahead."""
+    lock = Lock()
+    return lambda policy: LockedSampler(make_sampler(policy), lock)
 
 
 def rollout_of(fields: dict[str, object]) -> Rollout:
