@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from forked_ranks import run_ranks
 from forked_runs import warm_runs
 from headwater.config.stage import Sampling
 from headwater.models.policy import Policy
-from headwater.sampling.ahead import AheadSampler
+from headwater.sampling.ahead import AheadSampler, one_at_a_time
 from headwater.sampling.base import OnFinished, Request, requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.types import Rollout
@@ -122,6 +124,33 @@ def test_close_ends_running_sampling(policy: Policy) -> None:
     ahead.sample(requests(0), Sampling(max_tokens=2))
     assert started.wait(20)
     ahead.close()  # returns, so the thread has ended
+
+
+def test_engine_samples_for_measurement_after_rollouts_ahead(policy: Policy) -> None:
+    order: list[str] = []
+    release = threading.Event()
+
+    class Engine:
+        def __init__(self, policy: Policy) -> None:
+            self.name = policy.fingerprint
+
+        def sample(self, requests: object, sampling: object, on_finished: OnFinished | None = None) -> list[Rollout]:
+            order.append(f"{self.name} begins")
+            assert self.name != "ahead" or release.wait(20)
+            order.append(f"{self.name} ends")
+            return []
+
+    factory = one_at_a_time(Engine)
+    ahead, measured = (factory(replace(policy, fingerprint=name)) for name in ("ahead", "measured"))
+    threads = [threading.Thread(target=sampler.sample, args=([], Sampling())) for sampler in (ahead, measured)]
+    threads[0].start()
+    while not order:
+        time.sleep(0.001)
+    threads[1].start()
+    release.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["ahead begins", "ahead ends", "measured begins", "measured ends"]
 
 
 def test_run_trains_on_stale_rollouts_with_importance_weights() -> None:
