@@ -234,8 +234,15 @@ class RunInputs:
         return ids
 
     def prompts(self, pool: Pool, settings: Stage) -> tuple[str, ...]:
-        """Problem ids that a stage samples from: its labelled pool and, where no label is needed, the unlabelled ones."""
-        return self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
+        """Problem ids that a stage samples from: its labelled pool and, where no label is needed, the unlabelled ones.
+
+        With `prompts: every` also the other problems of data.labeled, as prompts alone.
+        """
+        own = self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
+        if settings.prompts == "pool":
+            return own
+        known = set(own)
+        return own + tuple(problem.id for problem in self.labeled.problems if problem.id not in known)
 
     def steps(self, pool: Pool, settings: Stage) -> int:
         """Steps of a stage. Epochs on a half count over the smaller half, so that stage 3 and its matched replay are equally long."""
@@ -384,6 +391,7 @@ class RunInputs:
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
+            "every_prompt": [problem.id for problem in self.labeled.problems],
             "contexts": contexts.fingerprint(self.contexts),
             "validation": None if validation is None else _graded(*validation),
             "evals": {name: _graded(*held_out) for name, held_out in self.evals.items()},
