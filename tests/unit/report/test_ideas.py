@@ -1,0 +1,59 @@
+"""The section on what each idea bought: signs, groups and sources."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headwater.report.ideas import idea_contrasts, ideas
+from headwater.report.render import render
+from headwater.report.view import RowHeader
+
+
+def contrast(a: str, b: str, difference: float, equal: list[str]) -> dict[str, Any]:
+    interval = {"difference": difference, "low": difference - 0.01, "high": difference + 0.02, "p": 0.001}
+    costs = {"labels": {"a": 256.0, "b": 256.0}, "flops": {"a": 2e12, "b": 1e12}}
+    return {"a": a, "b": b, "eval": "sums", **interval, **costs, "equal": equal, "seeds": 2, "problems": 50}
+
+
+REPORT: dict[str, Any] = {
+    "evals": ["sums"],
+    "seeds": [0, 1],
+    "contrasts": [
+        contrast("bridge", "direct_grpo", 0.09, ["labels"]),
+        contrast("bridge", "opd2", 0.05, ["labels"]),
+        contrast("bridge", "every_prompt", -0.06, ["labels", "compute"]),
+        contrast("bridge_rl", "rescue", -0.03, ["labels"]),
+    ],
+}
+
+
+def test_difference_of_idea_has_reversed_sign_interval_and_costs() -> None:
+    rows = idea_contrasts(REPORT)
+    assert [(row["a"], row["b"]) for row in rows] == [
+        ("every_prompt", "bridge"), ("rescue", "bridge_rl"), ("opd2", "bridge")
+    ]  # fmt: skip
+    # bridge − every_prompt is −0.06 [−0.07, −0.04], so every_prompt − bridge is +0.06 [+0.04, +0.07].
+    first = rows[0]
+    assert [first[key] for key in ("difference", "low", "high")] == pytest.approx([0.06, 0.04, 0.07])
+    assert first["flops"] == {"a": 1e12, "b": 2e12}
+
+
+def test_section_groups_ideas_by_equality_and_names_sources() -> None:
+    section = ideas(REPORT)
+    assert section is not None
+    rows = section.view["table"].rows
+    assert [row if isinstance(row, str) else row["a"] for row in rows] == [
+        "Equal labels and compute", "every_prompt", "Equal labels", "rescue", "opd2"
+    ]  # fmt: skip
+    header = section.view["table"].columns[0].cell(rows[-1])
+    assert isinstance(header, RowHeader) and header.details[1] == "OPD², 2607.15161"
+    values = {"headline": "", "chips": [], "stops": [], "sections": [section], "report": {**REPORT, "recipe": "r"}}
+    page = render("report.html.j2", {**values, "report": {**values["report"], "arms": {}, "verdict": ""}})
+    assert "▲ holds" in page and "+6.0" in page and "RSTG, 2608.00782" in page and "0.50×" in page
+    assert [plot.name for plot in section.plots] == ["ideas-sums"]
+
+
+def test_study_without_follow_ups_has_no_section() -> None:
+    assert ideas({**REPORT, "contrasts": REPORT["contrasts"][:1]}) is None
