@@ -270,6 +270,18 @@ def test_bridge_plus_is_short_rl_and_every_prompt_together() -> None:
     assert {arm.same_compute for arm in (short, plus)} == {("bridge", "bridge")}
 
 
+def test_recipe_improved_spends_as_bridge_plus_does() -> None:
+    pocket, improved = recipe_with(), find_recipe("improved", [])
+    plus = arm_of("bridge_plus", pocket)
+    for step in (*plus.teacher, *plus.student):
+        stage = stage_of(pocket, step)
+        ours = getattr(improved.stages, step.stage)
+        # At equal compute the arm takes as many OPD steps as the FLOPs pay for; the recipe names their number on seed 101.
+        assert ours == (stage.model_copy(update={"steps": 158}) if step.stage == "opd" else stage)
+    same = ("task", "data", "labels", "prompt", "evaluate", "conditions")
+    assert [getattr(improved, name) for name in same] == [getattr(pocket, name) for name in same]
+
+
 def test_every_prompt_leaves_stages_that_grade_alone() -> None:
     recipe = recipe_with("stages.opd={objective: mixed, sparse_share: 0.5, steps: 3, group_size: 4, batch_size: 8}")
     step = arm_of("every_prompt", recipe).student[-1]
