@@ -249,7 +249,7 @@ OTHER_STAGES = ("lora_warmup", "every_prompt", "short_rl", "bridge_plus")
 """Follow-ups that change other stages than the last."""
 
 
-def test_lora_warmup_trains_adapter_for_twice_the_steps() -> None:
+def test_lora_warmup_trains_adapter_for_twice_as_many_steps() -> None:
     change = changed_in("lora_warmup", "bridge")
     assert set(change) == {"warmup"} and set(change["warmup"]) == {"lora", "optim", "steps"}
     stage = stage_of(recipe_with(), arm_of("lora_warmup", recipe_with()).student[0])
@@ -282,7 +282,7 @@ def test_recipe_improved_spends_as_bridge_plus_does() -> None:
     assert [getattr(improved, name) for name in same] == [getattr(pocket, name) for name in same]
 
 
-def test_every_prompt_leaves_stages_that_grade_alone() -> None:
+def test_every_prompt_leaves_grading_stages_alone() -> None:
     recipe = recipe_with("stages.opd={objective: mixed, sparse_share: 0.5, steps: 3, group_size: 4, batch_size: 8}")
     step = arm_of("every_prompt", recipe).student[-1]
     assert stage_of(recipe, step) == recipe.stages.opd

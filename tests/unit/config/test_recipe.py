@@ -245,7 +245,7 @@ def test_every_prompt_needs_stage_without_labels() -> None:
         ),
     ],
 )
-def test_adapter_of_stage_refuses_settings_of_a_role(fields: dict[str, Any], message: str) -> None:
+def test_adapter_of_stage_refuses_settings_of_role(fields: dict[str, Any], message: str) -> None:
     assert "lora" not in stage_of("opd").model_dump()
     with pytest.raises(ValueError, match=message):
         stage_of("opd", **fields)

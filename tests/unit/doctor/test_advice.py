@@ -240,14 +240,14 @@ def test_follow_up_with_best_evidence_is_named(spare: int, arm: str, monkeypatch
     assert "over bridge at equal labels and FLOPs, on 5 seeds of pocket" in advice.because
 
 
-def test_follow_up_is_left_out_without_gain_or_with_labels_on_student(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_follow_up_without_gain_or_with_labels_on_student(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "MEASURED", (NO_GAIN,))
     assert follow_up_advice(pair(student=0.30, teacher=0.95)) is None
     monkeypatch.setattr(evidence, "MEASURED", (SMALLER,))
     assert follow_up_advice(pair(student=0.80, teacher=0.95)) is None  # the labels go to the student
 
 
-def test_evidence_is_what_results_page_states() -> None:
+def test_evidence_agrees_with_results_page() -> None:
     page = (Path(__file__).parents[3] / "docs" / "results.md").read_text(encoding="utf-8").replace("−", "-")
     for row in evidence.MEASURED:
         line = f"| `{row.arm}` - `{row.over}` | {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}] |"

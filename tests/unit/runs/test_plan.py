@@ -296,7 +296,7 @@ def test_added_bridge_prompts_change_dense_stages_and_descendants_only() -> None
     assert {name for name in before if before[name] != after[name]} == ALL - {"teacher_rl"}
 
 
-def test_every_prompt_changes_stages_that_sample_it_and_descendants() -> None:
+def test_every_prompt_changes_its_stages_and_descendants() -> None:
     before, every = prints(plan_of()), prints(plan_of("stages.opd.prompts=every"))
     assert {name for name in before if before[name] != every[name]} == {"opd", "student_rl"}
     added = prints(plan_of("stages.opd.prompts=every", every_prompt=["a", "b", "c", "d", "e", "f"]))
