@@ -179,12 +179,13 @@ def rollout_source(
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
     assert node.settings is not None and node.pool is not None
     stage, inputs = node.settings, context.inputs
+    tags = {problem.id: problem.tag for problem in inputs.all_problems} if stage.dense.normalize == "tags" else {}
     if objective.source == "teacher":
         assert node.cache is not None
         folder = context.node_dir(node.cache)
         folder.refuse_damage(f"{folder.cache.name}/")
         prompts = inputs.prompts(node.pool, stage)
-        return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
+        return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks, tags)
     start = None if reference is None else context.in_own_words(reference, base_of(node.start), node)
     teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
     prompter = context.prompter(node, policy)
@@ -213,6 +214,7 @@ def rollout_source(
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
         labels_shown=context.labels_shown(node),
+        tags=tags,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -34,9 +34,11 @@ from headwater.training.groups import (
     replace_uninformative,
     truncated_share,
     with_rewards,
+    with_tags,
 )
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
+from headwater.training.teacher_contrast import contrast_metrics
 from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
@@ -53,6 +55,7 @@ class CachedRollouts:
 
     prompts  the problem ids of the pool. The cache may hold only those of its rollouts, `stage.group_size` for each prompt, that
              come first in the first epoch
+    tags     problem id -> tag, for a loss that is normalized by tag; else empty
     """
 
     def __init__(
@@ -62,8 +65,9 @@ class CachedRollouts:
         stage: Stage,
         seed: int,
         ranks: ProcessGroup = SINGLE_PROCESS,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in rows}
+        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags or {})}
         self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
         self._stage, self._seed, self._ranks = stage, seed, ranks
         self._epoch, self._order = -1, list[int]()
@@ -110,6 +114,8 @@ class PolicyRollouts:
     parts: int = 1
     labels_shown: frozenset[str] = frozenset()
     """Problems whose gold answer the teacher reads in its prompt: scoring their rollouts uses a label."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Problem id -> tag, for a loss that is normalized by tag; else empty."""
 
     def __call__(self, step: int) -> StepBatch:
         sampled: list[Row] = []
@@ -136,13 +142,15 @@ class PolicyRollouts:
             metrics["max_tokens"] = self.stage.sampling_at(step).max_tokens
         if isinstance(self.teacher, TranslatedTeacher) and self.teacher.pair is not None:
             metrics |= alignment_metrics(kept, self.policy.ranks)
+        if self.teacher is not None:
+            metrics |= contrast_metrics(kept, self.teacher.vocabulary, self.policy.ranks)
         if self.labels is not None:
             group_size = self.stage.group_size
             groups = len(sampled) // group_size
             metrics["reward"] = sum(row.verdict.correct for row in sampled if row.verdict) / len(sampled)
             metrics["informative"] = 1.0 - count_uninformative(sampled, group_size) / groups
             metrics["best_of_group"] = count_solved(sampled, group_size) / groups
-        return self._batch(kept, metrics, sampled, kept)
+        return self._batch(with_tags(kept, self.tags), metrics, sampled, kept)
 
     def _batch(
         self, rows: list[Row], metrics: Metrics, sampled: list[Row], scored: list[Row], stopped: str | None = None
