@@ -49,6 +49,9 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
     "run pocket --arm bridge --set 'stages.opd.dense.teacher_weights={teacher: 1.25, base_teacher: -0.25}' --dry-run": "opd",
     "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
+    "run pocket --arm bridge --set stages.warmup.prompts=every --set stages.warmup.group_size=1 "
+    "--set stages.opd.prompts=every --dry-run": "opd",
+    "run pocket --arm bridge --set 'stages.warmup.lora={r: 16, alpha: 32}' --set stages.warmup.optim.lr=1e-2 --dry-run": "warmup",
     "run pocket --arm opd_only --set stages.opd.dense.tokenizers=prefix --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms improved --seeds 0,1 --dry-run": "opd.s1",
@@ -226,6 +229,8 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
     "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
+    "python -m benchmarks.other_tokenizers": "takes half an hour: tests/unit/test_benchmarks.py has its table",
+    "python -m tools.pretrain pocket": "takes minutes: tests/unit/tools/test_pretrain_pocket.py makes small models",
 }
 
 

@@ -16,7 +16,8 @@ import torch
 from scipy.stats import chisquare
 
 from headwater.config.compute import Compute, Vllm
-from headwater.config.recipe import Lora, Models
+from headwater.config.lora import Lora
+from headwater.config.recipe import Models
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.models import lora

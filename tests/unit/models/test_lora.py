@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from headwater.config.recipe import Lora, parse_recipe
+from headwater.config.lora import Lora
+from headwater.config.recipe import parse_recipe
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.batch import Row

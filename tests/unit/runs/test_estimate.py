@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from headwater.cli.dry_run import notes
 from headwater.cli.options import DryRunOptions
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.models import lora

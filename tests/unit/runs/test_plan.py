@@ -27,6 +27,7 @@ def content(**other: Any) -> dict[str, Any]:
         ),
         "labels": {name: f"answers of {name}" for name in POOLS},
         "unlabeled": (),
+        "every_prompt": ["a", "b", "c", "d", "e"],
         "evals": {"sums": ["answers", "x", "y"]},
     }
     return plain | other
@@ -293,6 +294,24 @@ def test_corrected_answer_changes_stages_with_labels() -> None:
 def test_added_bridge_prompts_change_dense_stages_and_descendants_only() -> None:
     before, after = prints(plan_of()), prints(plan_of(unlabeled=("u",)))
     assert {name for name in before if before[name] != after[name]} == ALL - {"teacher_rl"}
+
+
+def test_every_prompt_changes_its_stages_and_descendants() -> None:
+    before, every = prints(plan_of()), prints(plan_of("stages.opd.prompts=every"))
+    assert {name for name in before if before[name] != every[name]} == {"opd", "student_rl"}
+    added = prints(plan_of("stages.opd.prompts=every", every_prompt=["a", "b", "c", "d", "e", "f"]))
+    assert {name for name in before if every[name] != added[name]} == {"opd", "student_rl"}
+    assert prints(plan_of(every_prompt=[])) == before
+
+
+def test_adapter_of_stage_changes_its_node_and_descendants() -> None:
+    plan = plan_of("stages.warmup.lora={r: 4, alpha: 8}")
+    adapters = {node.stage: node.lora(plan.recipe) for node in chain(plan, "bridge_rl") if node.kind == "train"}
+    assert {stage: None if lora is None else lora.r for stage, lora in adapters.items()} == {
+        "teacher_rl": None, "warmup": 4, "opd": None, "student_rl": None
+    }  # fmt: skip
+    before, after = prints(plan_of()), prints(plan)
+    assert {name for name in before if before[name] != after[name]} == {"warmup", "opd", "student_rl"}
 
 
 def test_arm_with_unnamed_model_is_refused_when_weights_are_needed() -> None:
