@@ -4,8 +4,8 @@
     python -m benchmarks.other_tokenizers --out DIR --seeds 0,1,2,3,4
 
 Each form of comparison (docs/teachers.md) is a study of the arm `bridge` in DIR/FORM with examples/other_tokenizer.yaml and the joined
-teacher, without measurements of condition C2; `same` has the shipped teacher. Forms share the teacher's RL. DIR/table.md has the forms that finished
-these seeds; the same command resumes.
+teacher, without measurements of condition C2; `same` has the shipped teacher. Forms share the teacher's RL. DIR/table.md has the
+forms that finished these seeds; the same command resumes.
 """
 
 from __future__ import annotations
