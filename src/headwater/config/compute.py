@@ -87,7 +87,8 @@ class Compute(Strict):
     sample_batch: Annotated[Positive, Unit("sequences")] = 256
     """Sequences that the torch sampler decodes at once."""
     score_ahead: Annotated[int, Field(ge=1, le=64)] = 1
-    """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle."""
+    """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle or the teacher is
+    behind a server."""
     grader_workers: Annotated[int, Field(ge=1, le=1024), Unit("processes")] = 2
     """Processes that grade completions."""
     grader_seconds: Seconds = 2.0
