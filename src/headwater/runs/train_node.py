@@ -213,7 +213,7 @@ def rollout_source(
     sampler = context.sampler(policy)
     if parts > 1 and not policy.ranks.single_process:
         if teacher is None or not scores_travel(teacher) or not isinstance(sampler, ShardedSampler):
-            parts = 1  # scores that cannot be sent, or ranks whose engines sample together
+            parts = 1  # scores that cannot be sent, or vLLM, whose ranks sample together
         elif not isinstance(teacher, ComposedTeacher):
             group = policy.ranks.duplicate()
             teacher, chooser = on_group(teacher, group), None if chooser is None else replace(chooser, ranks=group)
