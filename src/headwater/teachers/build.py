@@ -246,7 +246,7 @@ def load_base_teacher(
     return TaggedTeachers(teachers, tags, make_sampler, top_k_of(stage) if served else None, ranks, candidates)
 
 
-def uses_candidates(teacher: Teacher) -> bool:
+def uses_candidates(teacher: object) -> bool:
     """Whether a teacher scores candidates of the student."""
     return isinstance(teacher, (ServedTeacher, TaggedTeachers)) and teacher.candidates != "teacher"
 
