@@ -4,8 +4,8 @@
     python -m benchmarks.other_tokenizers --out DIR --seeds 0,1,2,3,4
 
 Each form of comparison (docs/teachers.md) is a study of the arm `bridge` in DIR/FORM with examples/other_tokenizer.yaml and the joined
-teacher; `same` has the shipped teacher. Forms share the teacher's RL. DIR/table.md has the forms that finished
-these seeds; the same command resumes.
+teacher, without measurements of condition C2; `same` has the shipped teacher. Forms share the teacher's RL. DIR/table.md has the
+forms that finished these seeds; the same command resumes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Trained:
 
 
 def changes(form: str, out: Path) -> tuple[str, ...]:
-    return (f"models.teacher={out / TEACHER}", *FORMS[form])
+    return (f"models.teacher={out / TEACHER}", "conditions.problems=0", *FORMS[form])
 
 
 def run(form: str, out: Path, seeds: str, reuse: list[Path]) -> None:

@@ -147,6 +147,7 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
         continuations=continuations,
         passes=cache_passes(task.inputs),
         same_weights=student.policy.fingerprint == teacher.policy.fingerprint,
+        spare_prompts=len(task.inputs.labeled.problems) - len(task.inputs.pools.all),
     ), c2
 
 
@@ -261,6 +262,7 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
     """The measures and the advice as plain values, for probe.json and `--json`."""
     labels, warmup = advice.label_advice(measures), advice.warmup_advice(measures)
     arm, because = advice.arm_to_run(measures)
+    follow_up = advice.follow_up_advice(measures)
     continuations, passes = measures.continuations, measures.passes
     models = {
         role: {**asdict(readiness), "outcomes": readiness.outcomes.shares}
@@ -287,6 +289,7 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
             "labels": {**asdict(labels), "arm": labels.arm, "close": labels.close},
             "warmup": asdict(warmup),
             "run": {"arm": arm, "because": because},
+            "follow_up": None if follow_up is None else asdict(follow_up),
             "outcomes": advice.outcome_advice(measures),
             "teacher": advice.teacher_advice(measures),
             "switch": advice.student_rl_advice(measures),
