@@ -14,13 +14,9 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-<<<<<<< HEAD
 from headwater.config.dense import StartUpdate
-from headwater.config.recipe import Lora, parse_recipe
-=======
 from headwater.config.lora import Lora
 from headwater.config.recipe import parse_recipe
->>>>>>> a87abf8f6d614aff0bf41c94c412a781c5f6b36e
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.batch import Row
@@ -174,7 +170,6 @@ def test_sampler_logp_equals_trainer_with_adapter(qwen3_folder: Path) -> None:
         assert (drawn - scores(policy, rows)).abs().mean().item() < near
 
 
-<<<<<<< HEAD
 def test_copy_of_adapter_follows_on_same_base(qwen3_folder: Path) -> None:
     """A lagged copy: it scores as the policy did when it was copied, whatever the policy trains meanwhile."""
     policy = trained(qwen3_folder)
@@ -190,14 +185,14 @@ def test_copy_of_adapter_follows_on_same_base(qwen3_folder: Path) -> None:
         copy.follow(step)
         assert torch.equal(scores(follower, rows), before if step == 1 else after)
         assert torch.equal(scores(policy, rows), after)
-=======
+
+
 def test_copy_of_weights_scores_as_adapted_policy(qwen3_folder: Path) -> None:
     policy, copy = trained(qwen3_folder), base(qwen3_folder)
     rows_ = sampled_rows(policy, groups=2, max_tokens=6)
     assert furthest_apart(scores(copy, rows_), scores(policy, rows_)) > 1e-3
     copy_weights(policy, copy)
     assert furthest_apart(scores(copy, rows_), scores(policy, rows_)) < 1e-5
->>>>>>> a87abf8f6d614aff0bf41c94c412a781c5f6b36e
 
 
 def test_kl_reference_is_frozen_base_without_copy(qwen3_folder: Path) -> None:
