@@ -20,23 +20,8 @@ BASES = ("bridge", "bridge_rl")
 
 
 def idea_contrasts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Contrasts of follow-up arms with the arm that they change, as idea minus base, the largest difference first.
-
-    The report's own contrasts are base minus idea; difference, interval and sides are reversed here.
-    """
-    rows = [
-        {
-            **contrast,
-            "a": contrast["b"],
-            "b": contrast["a"],
-            "difference": -contrast["difference"],
-            "low": -contrast["high"],
-            "high": -contrast["low"],
-            **{cost: {"a": contrast[cost]["b"], "b": contrast[cost]["a"]} for cost in ("labels", "flops")},
-        }
-        for contrast in report["contrasts"]
-        if contrast["a"] in BASES and contrast["b"] in FOLLOW_UPS
-    ]
+    """Contrasts of follow-up arms with the arm that they change, idea minus base, the largest difference first."""
+    rows = [row for row in report["contrasts"] if row["a"] in FOLLOW_UPS and row["b"] in BASES]
     return sorted(rows, key=itemgetter("difference"), reverse=True)
 
 
