@@ -40,7 +40,8 @@ class Vllm(Strict):
     cache_gb: Gib | None = None
     """KV cache. None uses what `memory` leaves on a GPU, and 1 on a CPU."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=1024), Unit("devices")] = 1
-    """Tensor-parallel devices; with more than 1, one process each, and weights are sent to them."""
+    """Devices that hold one engine together: processes that vLLM starts, or under torchrun consecutive ones of the run's own, whose
+    number it must divide."""
     compiled: bool = True
     """Compile the model and capture CUDA graphs: about a minute at start, faster steps afterwards."""
     sleep: bool = True

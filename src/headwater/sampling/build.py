@@ -7,13 +7,14 @@ import importlib
 from headwater.config.recipe import Recipe
 from headwater.config.samplers import SAMPLERS
 from headwater.sampling.base import SamplerFactory
+from headwater.sampling.sharded_sampler import sharded
 
 
 def sampler_factory(recipe: Recipe) -> SamplerFactory:
     """Factory of the recipe's samplers; keep it for the life of the process, since it may own engines."""
     spec = SAMPLERS[recipe.compute.sampler]
     factory: SamplerFactory = getattr(importlib.import_module(spec.module), spec.function)(recipe)
-    return factory
+    return factory if spec.collective else sharded(factory)
 
 
 def importance_cap(recipe: Recipe) -> float | None:

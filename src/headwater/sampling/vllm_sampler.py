@@ -2,6 +2,9 @@
 
 The engine reads the architecture from the policy's model folder, and the weights from the policy's memory before each batch of
 requests, without files or (on one device) other processes. Token ids go in and out; vLLM's tokenizer is not loaded.
+
+Under torchrun each rank has an engine, or `tensor_parallel_size` consecutive ranks hold one together. Ranks sample together: they
+start engines, gather weights and make requests in the same order, and those of one engine make the same requests.
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ import logging
 import os
 import random as python
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from headwater import seeds
 from headwater.config.compute import Compute, Vllm
 from headwater.config.recipe import Recipe
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Sampling
-from headwater.errors import UserError, error_text
+from headwater.distributed.process_group import ProcessGroup, is_lost_process
+from headwater.errors import HeadwaterError, LostProcessError, TrainingStoppedError, UserError, error_text
+from headwater.models.oom import is_out_of_memory
 from headwater.models.policy import Policy
-from headwater.sampling.base import OnFinished, Request, SamplerFactory
+from headwater.sampling import torch_sampler
+from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.types import Rollout
 
 SEEDS = 1 << 63
@@ -35,11 +42,28 @@ CPU_TOKENS = 8192
 """Tokens that the engine prefills in one step on a CPU, at least."""
 NOT_ARCHITECTURE = {"_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Fields of a model's config that do not affect its engine."""
+FULL_DEVICE = ("less than desired", "exceed the desired", "No available memory", "on kv cache allocation is less")
+"""Parts of vLLM's messages when an engine finds no room beside what else the device holds."""
 
 
 def make_factory(recipe: Recipe) -> SamplerFactory:
-    """vLLM samplers over one pool of engines, which are started when first used and kept."""
-    return EnginePool(recipe.compute, max_sequence_tokens(recipe)).sampler
+    """vLLM samplers over one pool of engines, which are started when first used and kept.
+
+    Of several ranks all start an engine together. A policy that a single rank holds there (preflight's) gets the embedded sampler.
+
+    Raises UserError if the ranks cannot be split into engines.
+    """
+    pool = EnginePool(recipe.compute, max_sequence_tokens(recipe))
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes == 1:
+        return pool.sampler
+    check_rank_count(recipe.compute.vllm.tensor_parallel_size, processes)
+    embedded = torch_sampler.make_factory(recipe)
+
+    def make(policy: Policy) -> Sampler:
+        return embedded(policy) if policy.ranks.single_process else pool.sampler(policy)
+
+    return make
 
 
 def max_sequence_tokens(recipe: Recipe) -> int:
@@ -63,8 +87,12 @@ class Engine:
     loaded_policy: Policy | None = None
 
     def load_weights(self, policy: Policy) -> None:
-        """Copy the policy's current weights into the engine, and drop the prefix cache of the previous ones."""
+        """Copy the policy's current weights into the engine, and drop the prefix cache of the previous ones.
+
+        Sharded weights are gathered one at a time while the engine reads them.
+        """
         if self.sleeps:
+            torch.cuda.empty_cache()  # the engine cannot use what torch's allocator keeps
             self.llm.wake_up(tags=["weights"])
         if self.loaded_policy is not policy:
             # Names are those of a checkpoint file: the engine stacks, pads and packs the tensors as it does a file's.
@@ -99,7 +127,7 @@ class EnginePool:
         return VllmSampler(policy, self)
 
     def engine(self, policy: Policy) -> Engine:
-        """Raises UserError if vLLM is not installed or cannot run the model."""
+        """The policy's engine; all ranks must ask for it together. Raises `engine_error`, UserError if vLLM is not installed."""
         key = architecture_key(policy)
         if key not in self.engines:
             self.engines[key] = self._start(policy)
@@ -109,8 +137,9 @@ class EnginePool:
         message = missing_package("vllm")
         if message is not None:
             raise UserError(message)
-        settings = self.compute.vllm
-        check_device_count(settings.tensor_parallel_size, policy.device)
+        settings, ranks = self.compute.vllm, policy.ranks
+        if ranks.single_process:
+            check_device_count(settings.tensor_parallel_size, policy.device)
         sleeps = settings.sleep and policy.device.type == "cuda"
         config = policy.model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", self.max_tokens)
@@ -124,6 +153,7 @@ class EnginePool:
                     max_model_len=min(self.max_tokens, positions),
                     max_num_seqs=self.compute.sample_batch,
                     tensor_parallel_size=settings.tensor_parallel_size,
+                    distributed_executor_backend=None if ranks.single_process else "external_launcher",
                     gpu_memory_utilization=settings.memory,
                     kv_cache_memory_bytes=_cache_bytes(settings, policy.device),
                     enforce_eager=not settings.compiled,
@@ -134,12 +164,12 @@ class EnginePool:
                     skip_tokenizer_init=True,
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
-                    seed=0,
+                    seed=ranks.rank // settings.tensor_parallel_size,  # unused: requests have seeds of their own
                     **(self._cpu_options(positions) if policy.device.type == "cpu" else {}),
                 )
             except Exception as error:  # vLLM raises many types for an unsupported model or machine
                 raise engine_error(policy, error) from None
-        return Engine(llm, sleeps, settings.tensor_parallel_size > 1)
+        return Engine(llm, sleeps, ranks.single_process and settings.tensor_parallel_size > 1)
 
     def _cpu_options(self, positions: int) -> dict[str, Any]:
         """Prefill each prompt in one chunk: vLLM cannot undo the unused draw of a partial chunk on a CPU, and would stop."""
@@ -167,10 +197,28 @@ def check_device_count(count: int, device: torch.device) -> None:
         )
 
 
-def engine_error(policy: Policy, error: Exception) -> UserError:
+def check_rank_count(tensor_parallel_size: int, ranks: int) -> None:
+    """Raises UserError if the ranks cannot be split into engines of this many ranks each."""
+    if ranks % tensor_parallel_size:
+        raise UserError(
+            f"compute.vllm.tensor_parallel_size: {tensor_parallel_size} does not divide the {ranks} processes of this run"
+        )
+
+
+def engine_error(policy: Policy, error: Exception) -> HeadwaterError:
+    """What an engine's exception means: another rank is gone, the device is full, or vLLM cannot run the model."""
+    if isinstance(error, HeadwaterError):
+        return error
+    if is_lost_process(error):
+        return LostProcessError()
+    path, message = policy.folder.path, error_text(error, 300)
+    if is_out_of_memory(error) or any(part in str(error) for part in FULL_DEVICE):
+        return TrainingStoppedError(
+            f"memory ran out in vLLM's engine of {path} ({message}); lower compute.vllm.memory, compute.vllm.cache_gb or "
+            "compute.sample_batch, or take a larger device"
+        )
     return UserError(
-        f"compute.sampler: vllm cannot run {policy.folder.path} ({error_text(error, 300)}); set compute.sampler=torch, "
-        "or change compute.vllm"
+        f"compute.sampler: vllm cannot run {path} ({message}); set compute.sampler=torch, or change compute.vllm"
     )
 
 
@@ -189,14 +237,24 @@ class VllmSampler:
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        if not requests:
+        if not requests:  # on all ranks alike; a rank whose share alone is empty goes on, since the others need it
             return []
+        ranks, size = self.policy.ranks, self.pool.compute.vllm.tensor_parallel_size
         engine = self.pool.engine(self.policy)
-        engine.load_weights(self.policy)
         try:
-            return self._run(engine.llm.llm_engine, requests, sampling, on_finished)
+            engine.load_weights(self.policy)
+        except Exception as error:
+            raise engine_error(self.policy, error) from None
+        try:
+            if ranks.single_process:
+                return self._run(engine.llm.llm_engine, requests, sampling, on_finished)
+            share = self._run(engine.llm.llm_engine, engine_share(requests, ranks, size), sampling, None)
         finally:
             engine.sleep()
+        rollouts = gather_shares(share, ranks, size)
+        if on_finished is not None:
+            on_finished(rollouts)
+        return rollouts
 
     def _run(
         self, engine: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None
@@ -246,6 +304,19 @@ class VllmSampler:
         ids = tuple(output.token_ids)
         logp = tuple(logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs, strict=True))
         return request.rollout(ids, logp, output.finish_reason == "stop", self.policy, sampling)
+
+
+def engine_share(requests: Sequence[Request], ranks: ProcessGroup, size: int) -> Sequence[Request]:
+    """The consecutive share of this rank's engine, which `size` ranks hold together: the same on each of them.
+
+    Example: of (a, b, c, d) ranks 2 and 3 of 4 get (c, d) for size 2; rank 2 gets (c,) for size 1.
+    """
+    return replace(ranks, rank=ranks.rank // size, size=ranks.size // size).shard(requests)
+
+
+def gather_shares(share: list[Rollout], ranks: ProcessGroup, size: int) -> list[Rollout]:
+    """All rollouts in the order of the requests, on every rank: the shares of the first rank of each engine."""
+    return [rollout for part in ranks.all_gather(share if ranks.rank % size == 0 else []) for rollout in part]
 
 
 def architecture_key(policy: Policy) -> str:

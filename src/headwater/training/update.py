@@ -211,10 +211,11 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
             "kl_teacher_student": stats.kl_teacher_student_N,
         }
         if objective.source == "policy":
-            measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
+            gap_N = measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
             measured["ratio_off"] = ((logp_N - old_logp_N).exp() - 1.0).abs()
             if cap is not None:
                 measured["importance"] = token_losses.truncated_importance(old_logp_N, batch.sampler_logp_N, cap)
+                measured["token_mult_prob_error"] = gap_N.exp()
         if batch.reference_logp_N is not None:
             measured["kl_reference"] = token_losses.reference_kl(logp_N, batch.reference_logp_N)
         for name, value_N in measured.items():
