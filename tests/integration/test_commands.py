@@ -53,7 +53,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
     "run pocket --arm bridge --set stages.warmup.prompts=every --set stages.warmup.group_size=1 "
     "--set stages.opd.prompts=every --dry-run": "opd",
-    "run pocket --arm bridge --set 'stages.warmup.lora={r: 16, alpha: 32}' --set stages.warmup.optim.lr=1e-2 --dry-run": "warmup",
+    "run pocket --arm bridge --set 'stages.warmup.lora={r: 16, alpha: 32}' --set stages.warmup.optim.lr=3e-3 --dry-run": "warmup",
     "run pocket --arm opd_only --set stages.opd.dense.tokenizers=prefix --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms improved --seeds 0,1 --dry-run": "opd.s1",
