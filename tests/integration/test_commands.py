@@ -242,6 +242,8 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
     "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
+    "python -m benchmarks.other_tokenizers": "takes half an hour: tests/unit/test_benchmarks.py has its table",
+    "python -m tools.pretrain pocket": "takes minutes: tests/unit/tools/test_pretrain_pocket.py makes small models",
 }
 
 
