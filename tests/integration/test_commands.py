@@ -214,6 +214,7 @@ PARSED_ONLY = {
     "models.student=.real/SmolLM2-135M-Instruct --set models.teacher=.real/SmolLM2-135M-Instruct --out RUNS/smollm2": (
         "needs the weights of `make real`, and 90 minutes"
     ),
+    "study paper-qwen3-one-gpu --arms direct_grpo,bridge --out runs/paper": "needs a GPU",
     "validate --task python": "a sentence names it without its file",
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
     "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
@@ -233,7 +234,8 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "cd examples": "where the two commands after it are run",
     "torchrun --nproc-per-node 2 -m headwater run pocket": "tests/integration/test_torchrun.py starts two processes this way",
     "torchrun --nproc-per-node 8 -m headwater run my.yaml": "needs eight GPUs",
-    "torchrun --nnodes 2": "needs two machines",
+    "torchrun --nproc-per-node 8 -m headwater study paper-qwen3-1.7b": "needs eight GPUs",
+    "torchrun --nnodes 2": "needs two machines; tests/integration/test_torchrun.py starts two agents on one",
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
     "python -m tools.real": "fetches real weights: make real",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -123,6 +127,27 @@ def test_two_ranks_equal_one_with_teacher_of_other_tokenizer(tmp_path: Path) -> 
     assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+def test_two_ranks_score_ahead_and_normalize_by_tag_as_one_process(tmp_path: Path) -> None:
+    lines = [{"problem": f"{10 + i}+{20 + 3 * i}", "answer": str(30 + 4 * i), "kind": "ab"[i % 2]} for i in range(24)]
+    problems, held_out = tmp_path / "p.jsonl", tmp_path / "e.jsonl"
+    problems.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "a"}), encoding="utf-8")
+    changes = (
+        *CHANGES,
+        f"data.labeled={{path: {problems}, columns: {{tag: kind}}}}",
+        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
+        "stages.warmup.dense.normalize=tags",
+        "stages.opd.dense.normalize=tags",
+        "conditions.problems=0",
+    )
+    assert tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes).code == 0
+    argv = command_of(tmp_path / "two", *changes, "compute.score_ahead=3")
+    argv[argv.index("--arm") + 1] = "raw_teacher"
+    ended = run_ranks(2, *argv)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
 def test_killed_rank_ends_others_and_other_world_sizes_resume(
     tmp_path: Path,
 ) -> None:
@@ -182,6 +207,49 @@ def test_torchrun_gives_same_run_and_rank_0_prints(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("accuracy on sums before, between and after the stages") == 1
     assert_alike(tmp_path / "out", one_process())
+
+
+def agents(out: Path) -> list[subprocess.Popen[str]]:
+    """Two agents of torchrun on the loopback, each as a machine of its own with a process: sessions that can be killed whole."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two-machines"]
+    argv = [*launcher, "--local-addr", "127.0.0.1", "-m", "headwater", *map(str, command(out))]
+    return [
+        subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        )
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.many
+def test_two_machines_give_same_run(tmp_path: Path) -> None:
+    machines = agents(tmp_path / "out")
+    ended = [machine.communicate(timeout=280) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ended
+    assert sum(out.count("accuracy on sums before, between and after the stages") for out, _ in ended) == 1
+    assert_alike(tmp_path / "out", one_process())
+
+
+@pytest.mark.many
+def test_two_machines_resume_after_loss_of_one(tmp_path: Path) -> None:
+    out, machines = tmp_path / "out", agents(tmp_path / "out")
+    deadline = time.monotonic() + 200
+    while not any(rows(path) for path in out.glob("nodes/opd.*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(machines[1].pid, signal.SIGKILL)  # the agent and its process at once, as when a machine is lost
+    _, err = machines[0].communicate(timeout=120)
+    machines[1].communicate()
+    assert machines[0].returncode == 1, err  # torchrun's own code, whatever its process returned
+    assert "another process of this run was lost; run the same command again" in err, err
+    assert not (node_of(out, "opd") / "DONE").exists()
+    machines = agents(out)
+    ended = [machine.communicate(timeout=280) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ended
+    assert_alike(out, one_process())
 
 
 def test_only_run_study_and_demo_accept_several_processes() -> None:

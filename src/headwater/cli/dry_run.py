@@ -29,14 +29,18 @@ def print_dry_run(
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             preflight(plan, inputs)
-    nodes = estimates(plan, inputs, Assumptions(options.mean_tokens, options.count))
+    device = None if options.device is None else DEVICES[options.device]
+    nodes = estimates(
+        plan, inputs, Assumptions(options.mean_tokens, options.count, None if device is None else device.memory)
+    )
     if as_json:
         print(json.dumps([json_row(estimate, options) for estimate in nodes]))
         return
-    device = None if options.device is None else DEVICES[options.device]
     if device is None and not inputs.missing:  # models that are not here will hardly train here
         device = device_here(inputs.device)
     console().print(cost_table(nodes, options, device))
+    if options.device is not None:
+        console().print(memory_table(nodes, f"memory of each of {options.count} × {options.device}"))
     for message in inputs.missing or ():
         print(message)
     for role, shape in model_shapes(inputs).items():
@@ -52,7 +56,9 @@ def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     if options.device is None:
         return estimate.row()
     seconds = estimate.seconds(DEVICES[options.device], options.count)
-    return {**estimate.row(), "hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
+    share = estimate.scoring_share(DEVICES[options.device])
+    times = {"hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
+    return {**estimate.row(), **times, "scoring_share_of_hours": share}
 
 
 def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> Table:
@@ -67,13 +73,40 @@ def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device
     table = Table(Column("node", no_wrap=True), *columns, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for node in nodes:
         cells = [
-            node.name.rsplit(".", 1)[0], str(node.labels), str(node.steps), units(node.tokens_sampled),
+            name_of(node), str(node.labels), str(node.steps), units(node.tokens_sampled),
             units(node.tokens_teacher_scored), units(node.flops), units(node.bytes, "B"), units(node.peak, "B"),
         ]  # fmt: skip
         if device is not None:
             seconds = options.count * node.seconds(device, options.count)
             cells.append(duration(seconds) if options.device is None else hours(seconds))
         table.add_row(*cells)
+    return table
+
+
+def name_of(node: Estimate) -> str:
+    """A node's name without its hash."""
+    return node.name.rsplit(".", 1)[0]
+
+
+PARTS = {
+    "weights": "weights", "optimizer": "optimizer", "frozen": "teachers", "sampler": "sampler", "kv_cache": "cache",
+    "gathered": "gathered", "activations": "activations",
+}  # fmt: skip
+"""Parts of a device's memory, and their columns."""
+
+
+def memory_table(nodes: Sequence[Estimate], title: str) -> Table:
+    """What each node holds on one device, by part; nodes that hold the same are one row."""
+    table = Table(
+        Column("node", no_wrap=True), *PARTS.values(), "peak", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    names: dict[tuple[str, ...], list[str]] = {}
+    for node in nodes:
+        cells = (*(units(value, "B") if value else "" for value in node.memory.row().values()), units(node.peak, "B"))
+        names.setdefault(cells, []).append(node.name.split(".")[0])
+    for cells, sharing in names.items():
+        first, *others = dict.fromkeys(sharing)
+        table.add_row(first + (f" +{len(others)}" if others else ""), *cells)
     return table
 
 
@@ -95,12 +128,17 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
     ]
     length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
     lines.append(f"in all {units(sum(node.flops for node in nodes), 'FLOPs')}, with completions {length}")
-    measuring = [
-        f"{node.name.rsplit('.', 1)[0]} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01
-    ]
+    measuring = [f"{name_of(node)} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01]
     if measuring:
         lines.append(
             f"measuring condition C2 takes, of a stage's FLOPs, at most: {', '.join(measuring)} (conditions.problems: 0 turns it off)"
+        )
+    scoring = [f"{name_of(node)} {node.scoring_share(device):.0%}" for node in nodes if node.scoring]
+    if scoring:
+        unit = "FLOPs" if device is None else "time"
+        lines.append(
+            f"the teacher's scoring takes, of the {unit} of a step: {', '.join(scoring)} "
+            "(compute.score_ahead overlaps it with sampling)"
         )
     if device is None:
         return lines
@@ -116,12 +154,24 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
             f"an estimate from {work} as measured just now in a matrix product and, {decoding} in a copy; loading, grading and the "
             "overhead of small models come on top",
         ]
+    lines.append(
+        "memory: weights with gradients and moments (optimizer) and teachers are divided over the devices; sampling (sampler, "
+        "cache) and a training pass (gathered weights, activations) take turns" + at_once(nodes)
+    )
     return [
         *lines,
         f"on {options.count} × {options.device}: {hours(options.count * seconds)} GPU-hours, {hours(seconds)} hours if nodes run "
         f"one after the other; at most {units(largest, 'B')} on a device of {units(device.memory, 'B')}, {fits}",
         f"assumed: {work} in bfloat16 and, {decoding} ({device.source}); the work divided evenly",
     ]
+
+
+def at_once(nodes: Sequence[Estimate]) -> str:
+    return (
+        ", or with compute.overlap or without vllm.sleep go on at once"
+        if any(node.memory.both for node in nodes)
+        else ""
+    )
 
 
 def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, options: DryRunOptions) -> str | None:
@@ -151,7 +201,7 @@ def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, opti
     )
     place = "are free here" if options.device is None else f"{options.device} has"
     shown = f"{units(memory, 'B')} {place}" if options.device is None else f"{place} {units(memory, 'B')}"
-    return f"memory: {largest.name.rsplit('.', 1)[0]} needs {units(largest.peak, 'B')} and {shown}: {', '.join([*changes, other])}"
+    return f"memory: {name_of(largest)} needs {units(largest.peak, 'B')} and {shown}: {', '.join([*changes, other])}"
 
 
 def hours(seconds: float) -> str:

@@ -253,6 +253,10 @@ class Recipe(Strict):
                 "prompts: every does not go with prompt.teacher.privileged: contexts may hold unspent answers"
             )
         for name, stage in self.stages.named.items():
+            if self.compute.overlap and stage.sparse.dynamic_sampling:
+                raise ValueError(
+                    f"compute.overlap: stages.{name}.sparse.dynamic_sampling samples again after grading; set one of them to 0"
+                )
             wanted = stage.until is not None and stage.until.metric == "validation"
             if wanted and self.data.validation is None:
                 raise ValueError(f"stages.{name}.until.metric validation: data.validation is missing")

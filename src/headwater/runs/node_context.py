@@ -117,6 +117,13 @@ class NodeContext:
         reference.model.requires_grad_(False).eval()
         return reference
 
+    def sampling_copy(self, node: Node) -> Policy:
+        """A frozen model for the policy's weights, whole on every rank, which samples while the policy trains."""
+        copy = replace(self, ranks=SINGLE_PROCESS).load(node.start, frozen=True)
+        for parameter in copy.model.parameters():
+            parameter.data = parameter.data.clone()  # as the trained weights: not mapped from a file
+        return copy
+
     def steps(self, node: Node) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""
         assert node.settings is not None and node.pool is not None

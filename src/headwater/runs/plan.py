@@ -322,6 +322,8 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
         if SAMPLERS[recipe.compute.sampler].of_user:
             fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
+    if recipe.compute.overlap and node.kind == "train" and stage and stage.on_policy:
+        fields |= {"overlap": recipe.compute.overlap, "importance_cap": recipe.compute.vllm.importance_cap}
     if node.kind == "train" and stage and stage.spec.loss is not None:
         fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
     if (

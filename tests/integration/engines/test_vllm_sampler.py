@@ -217,6 +217,15 @@ def test_saved_student_loads_in_vllm(pool: EnginePool, policy: Policy, tmp_path:
     assert gap(policy, fresh.sampler(saved).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
 
 
+def test_engine_in_own_process_samples_with_current_weights(policy: Policy) -> None:
+    sampler = EnginePool(SETTINGS.model_copy(update={"overlap": 1}), max_tokens=160).sampler(policy)
+    assert gap(policy, sampler.sample(sample_requests(), Sampling(max_tokens=8))) < 1e-4
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert gap(policy, sampler.sample(sample_requests(), Sampling(max_tokens=8))) < 1e-4
+
+
 def test_engine_refuses_unsupported_model_shape() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
     policy = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))

@@ -397,6 +397,20 @@ def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:
         assert changed["opd"] != plain["opd"] and changed["warmup"] == plain["warmup"], change
 
 
+def test_overlap_changes_sampling_stages_and_their_descendants_only() -> None:
+    plain, ahead = (prints(plan_of(*changes)) for changes in ((), ("compute.overlap=1",)))
+    assert prints(plan_of("compute.overlap=0")) == plain
+    assert {stage for stage in plain if plain[stage] != ahead[stage]} >= {"teacher_rl", "opd", "student_rl"}
+    raw = [plan_of(*changes, arms=("raw_teacher",)) for changes in ((), ("compute.overlap=1",))]
+    warmup, opd = (
+        [plan.names[node] for plan in raw for node in plan.order() if node.stage == stage]
+        for stage in ("warmup", "opd")
+    )
+    assert warmup[0] == warmup[1] and opd[0] != opd[1]
+    capped = plan_of("compute.overlap=1", "compute.vllm.importance_cap=3", arms=("raw_teacher",))
+    assert capped.names[capped.arms["raw_teacher"][0]] != opd[1]
+
+
 def test_stage_of_no_steps_takes_none_at_equal_compute() -> None:
     node = plan_of(arms=("direct_grpo_compute",)).arms["direct_grpo_compute"][0]
     assert node.compute is not None
