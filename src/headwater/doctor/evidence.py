@@ -37,7 +37,7 @@ class Evidence:
 
 
 MEASURED = (
-    Evidence("bridge_plus", "bridge", 14.3, 12.1, 16.6, 7, "pocket", needs_prompts=True),
+    Evidence("bridge_plus", "bridge", 14.1, 11.9, 16.3, 10, "pocket", needs_prompts=True),
     Evidence("proximal", "bridge", 0.3, -1.3, 1.8, 5, "pocket", needs_prompts=False),
     Evidence("exopd_start", "bridge", 0.2, -0.9, 1.4, 5, "pocket", needs_prompts=False),
     Evidence("entropy_aware", "bridge", -0.1, -1.3, 1.0, 5, "pocket", needs_prompts=False),
