@@ -104,6 +104,7 @@ CHECKS = (
     Check("experts per token", resources.experts),
     Check("teachers that are distilled untrained", signal_checks.distillation_first),
     Check("chance that a stage is stopped for lack of signal", signal_checks.early_stop),
+    Check("a stage that samples ahead", training_checks.sampling_ahead, exit_code=2),
     Check("width of the measured overlap", training_checks.overlap_width),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),

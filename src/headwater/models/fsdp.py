@@ -117,6 +117,25 @@ def linear_matrices(model: nn.Module) -> set[int]:
     return linear - others
 
 
+@torch.no_grad()
+def copy_weights(policy: Policy, whole: Policy) -> None:
+    """Copy a policy's current weights, with an adapter added, into a model that this rank holds whole. All ranks must call it.
+
+    Sharded weights are gathered one at a time.
+    """
+    reshard(policy)
+    own = whole.model.state_dict()
+    for name, tensor in policy.merged_weights():
+        own[name].copy_(tensor)
+
+
+def reshard(policy: Policy) -> None:
+    """Free the weights that the last pass left gathered on this rank."""
+    for module in policy.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def meta_copy(model: Any) -> Any:
     """A copy of a model with its parameters on the meta device, ties kept; it shares the config."""
     parameters = {id(parameter): _on_meta(parameter) for parameter in model.parameters()}
@@ -139,9 +158,7 @@ def unsharded(
     if policy.ranks.single_process:
         yield policy
         return
-    for module in policy.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(policy)
     model, gathered = policy.meta_model, dict[int, nn.Parameter]()
     named = list(policy.model.named_parameters(remove_duplicate=False))
     casts = set() if linear_dtype is None else linear_matrices(policy.model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from headwater import seeds
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.distributed.process_group import full_tensor
 from headwater.errors import UserError
 from headwater.models import adapter_files

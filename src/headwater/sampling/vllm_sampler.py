@@ -15,13 +15,16 @@ import json
 import logging
 import os
 import random as python
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from headwater import seeds
 from headwater.config.compute import Compute, Vllm
@@ -78,12 +81,14 @@ class Engine:
 
     sleeps         it frees its GPU memory between batches of requests
     multiprocess   its workers are separate processes, to which weights are sent
+    own_process    it runs beside the trainer in a process of its own, which reads weights from a file in shared memory
     loaded_policy  the frozen policy whose weights it holds; None if it holds none, or those of a policy that trains
     """
 
     llm: Any
     sleeps: bool
     multiprocess: bool = False
+    own_process: bool = False
     loaded_policy: Policy | None = None
 
     def load_weights(self, policy: Policy) -> None:
@@ -97,8 +102,12 @@ class Engine:
         if self.loaded_policy is not policy:
             # Names are those of a checkpoint file: the engine stacks, pads and packs the tensors as it does a file's.
             weights = policy.checkpoint_weights()
-            iterator = list(weights) if self.multiprocess else weights
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            if self.own_process:
+                with shared_folder(weights, policy.compute_dtype) as folder:
+                    self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            else:
+                iterator = list(weights) if self.multiprocess else weights
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             trains = any(parameter.requires_grad for parameter in policy.model.parameters())
             self.loaded_policy = None if trains else policy
         if self.sleeps:
@@ -140,7 +149,10 @@ class EnginePool:
         settings, ranks = self.compute.vllm, policy.ranks
         if ranks.single_process:
             check_device_count(settings.tensor_parallel_size, policy.device)
-        sleeps = settings.sleep and policy.device.type == "cuda"
+        # An engine that samples while the policy trains never sleeps, and is a process: the trainer holds the interpreter's lock.
+        own_process = bool(self.compute.overlap) and ranks.single_process
+        sleeps = settings.sleep and policy.device.type == "cuda" and not own_process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
         config = policy.model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", self.max_tokens)
         with preserve_process_state():
@@ -169,7 +181,7 @@ class EnginePool:
                 )
             except Exception as error:  # vLLM raises many types for an unsupported model or machine
                 raise engine_error(policy, error) from None
-        return Engine(llm, sleeps, ranks.single_process and settings.tensor_parallel_size > 1)
+        return Engine(llm, sleeps, ranks.single_process and settings.tensor_parallel_size > 1, own_process)
 
     def _cpu_options(self, positions: int) -> dict[str, Any]:
         """Prefill each prompt in one chunk: vLLM cannot undo the unused draw of a partial chunk on a CPU, and would stop."""
@@ -327,14 +339,23 @@ def architecture_key(policy: Policy) -> str:
 
 
 def _import_vllm() -> Any:
-    """Import vLLM with its engine core in this process, usage statistics off and logging quiet."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """Import vLLM with usage statistics off and logging quiet."""
     for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "CRITICAL")):
         os.environ.setdefault(name, value)
     import vllm
 
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     return vllm
+
+
+@contextlib.contextmanager
+def shared_folder(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[str]:
+    """A folder in shared memory, where there is some, with a safetensors file of the weights; it is removed at the end."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="headwater-", dir=memory if memory.is_dir() else None) as folder:
+        tensors = {name: tensor.to(dtype).contiguous().clone() for name, tensor in weights}
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        yield folder
 
 
 def _cache_bytes(settings: Vllm, device: torch.device) -> int | None:

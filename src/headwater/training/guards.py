@@ -171,7 +171,7 @@ MEASURES: dict[str, Measure] = {
         _MEAN,
         below=False,
         description="sampler and trainer differ by {figure:.3g} nats per token",
-        remedy="run `headwater doctor`, or set models.dtype to float32",
+        remedy="run `headwater doctor`, or set models.dtype to float32; with compute.overlap, lower {stage}.optim.lr",
     ),
     "teacher_uniform": Measure(
         ("teacher_contrast",),

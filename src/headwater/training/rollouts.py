@@ -21,7 +21,8 @@ from headwater.losses.objectives import Objective
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.sampling.base import OnFinished, Sampler, requests_for
+from headwater.sampling.ahead import AheadSampler
+from headwater.sampling.base import OnFinished, Request, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.scoring import distributions_of, logp_of
@@ -96,6 +97,7 @@ class PolicyRollouts:
     teacher    scores the rollouts; None for a sparse objective
     reference  the stage's initial weights, for an objective with a KL term to them
     budget     maximum tokens of a scoring pass; shrinks when memory runs out
+    sampler    samples completions; an `AheadSampler` is told the next step's requests
     parts      number of parts in which the teacher scores a step's rollouts, each while later ones are still being
                sampled (`AsyncScorer`); 1 scores everything after sampling
     """
@@ -119,6 +121,10 @@ class PolicyRollouts:
 
     def __call__(self, step: int) -> StepBatch:
         sampled: list[Row] = []
+        if isinstance(self.sampler, AheadSampler):
+            following = step + 1
+            job = (self._requests(following), self.stage.sampling_at(following))
+            self.sampler.prepare(job if following < self.sampler.steps else None)
         try:
             with AsyncScorer(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as scorer:
                 kept, seconds = self._sample(step, sampled, scorer.submit if self.parts > 1 else None)
@@ -178,14 +184,10 @@ class PolicyRollouts:
         """
         kept: list[Row] = []
         seconds = {"sample": 0.0, "grade": 0.0}
-        name, seed = self.draw
         for attempt in range(1 + self.stage.sparse.dynamic_sampling):
-            prompts = [(problem, self.prompts[problem]) for problem in self._problems(step, attempt)]
-            requests = requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
+            requests, sampling = self._requests(step, attempt), self.stage.sampling_at(step)
             try:
-                graded = sample_and_grade(
-                    self.sampler, requests, self.stage.sampling_at(step), self.labels, self.prompter, on_finished
-                )
+                graded = sample_and_grade(self.sampler, requests, sampling, self.labels, self.prompter, on_finished)
             except SamplingStoppedError as error:
                 sampled += [Row(*graded_row) for graded_row in zip(error.rollouts, error.verdicts, strict=True)]
                 raise
@@ -199,6 +201,12 @@ class PolicyRollouts:
             if self.labels is None or count_uninformative(kept, self.stage.group_size) == 0:
                 break
         return kept, seconds
+
+    def _requests(self, step: int, attempt: int = 0) -> list[Request]:
+        """The requests of a step, `stage.group_size` for each of its problems."""
+        name, seed = self.draw
+        prompts = [(problem, self.prompts[problem]) for problem in self._problems(step, attempt)]
+        return requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
 
     def _problems(self, step: int, attempt: int) -> list[str]:
         """Problem ids of a step; further attempts (dynamic sampling) have an order of their own."""

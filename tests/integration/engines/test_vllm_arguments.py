@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from headwater.config.builtin import find_recipe
 from headwater.config.compute import Compute, Vllm
@@ -149,6 +152,29 @@ def test_engine_errors_name_lost_ranks_full_devices_and_models(
     result = engine_error(policy, error)
     assert result.exit_code == code
     assert re.match(sentence, str(result)) and "\n" not in str(result)
+
+
+def test_engine_that_samples_ahead_reads_weights_from_shared_file(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: dict[str, torch.Tensor] = {}
+
+    class Reader(Recorded):
+        def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
+            assert name == "reload_weights"
+            (path,) = Path(kwargs["weights_path"]).iterdir()
+            self.calls.append((name, path))
+            handed.update(load_file(path))
+
+    monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
+    monkeypatch.setattr(vllm_sampler, "_import_vllm", lambda: SimpleNamespace(LLM=Reader))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    engine = EnginePool(Compute(sampler="vllm", overlap=1), 64).engine(policy)
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1" and engine.own_process and not engine.sleeps
+    engine.load_weights(policy)
+    state = policy.model.state_dict()
+    assert handed.keys() == state.keys() and all(torch.equal(handed[key], state[key]) for key in state)
+    assert not engine.llm.calls[0][1].parent.exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
