@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -29,14 +29,14 @@ def print_dry_run(
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             preflight(plan, inputs)
-    nodes = estimates(plan, inputs, Assumptions(options.mean_tokens, options.count))
+    nodes, arms_of = estimates(plan, inputs, Assumptions(options.mean_tokens, options.count)), plan.arms_by_node()
     if as_json:
-        print(json.dumps([json_row(estimate, options) for estimate in nodes]))
+        print(json.dumps([{**json_row(node, options), "arms": arms_of[node.name]} for node in nodes]))
         return
     device = None if options.device is None else DEVICES[options.device]
     if device is None and not inputs.missing:  # models that are not here will hardly train here
         device = device_here(inputs.device)
-    console().print(cost_table(nodes, options, device))
+    console().print(cost_table(nodes, options, device, arms_of if len(arms) > 1 else None))
     for message in inputs.missing or ():
         print(message)
     for role, shape in model_shapes(inputs).items():
@@ -55,16 +55,29 @@ def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     return {**estimate.row(), "hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
 
 
-def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> Table:
+def cost_table(
+    nodes: Sequence[Estimate],
+    options: DryRunOptions,
+    device: Device | None,
+    arms_of: Mapping[str, Sequence[str]] | None = None,
+) -> Table:
     """One row per node.
 
-    device  the one that `options` names, else this machine's; None for no times
+    device   the one that `options` names, else this machine's; None for no times
+    arms_of  name of a node -> its arms, for a column; with it the columns are narrower, so that 100 characters hold them
     """
-    at_most = "" if options.mean_tokens is not None else " ≤"
+    bound = options.mean_tokens is None
+    at_most = " ≤" if bound and arms_of is None else ""
     columns = ["labels", "steps", f"tokens{at_most}", f"scored{at_most}", f"FLOPs{at_most}", "weights", "peak"]
     if device is not None:
         columns.append("time here" if options.device is None else "GPU-hours")
-    table = Table(Column("node", no_wrap=True), *columns, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title, padding = "what would run", 1
+    if arms_of is not None:
+        title, padding = "what would run; tokens, scored and FLOPs are at most" if bound else title, 0
+    headings = [Column(name, no_wrap=True) for name in ("node", *columns)]
+    if arms_of is not None:
+        headings.append(Column("arms", overflow="ellipsis"))
+    table = Table(*headings, title=title, box=SIMPLE_HEAD, padding=(0, padding, 0, 0))
     for node in nodes:
         cells = [
             node.name.rsplit(".", 1)[0], str(node.labels), str(node.steps), units(node.tokens_sampled),
@@ -73,8 +86,15 @@ def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device
         if device is not None:
             seconds = options.count * node.seconds(device, options.count)
             cells.append(duration(seconds) if options.device is None else hours(seconds))
+        if arms_of is not None:
+            cells.append(short_list(arms_of[node.name]))
         table.add_row(*cells)
     return table
+
+
+def short_list(arms: Sequence[str]) -> str:
+    """Example: `exopd +3` for four arms."""
+    return f"{arms[0]} +{len(arms) - 1}" if len(arms) > 1 else "".join(arms)
 
 
 def experts_note(field: str, shape: Shape) -> str:

@@ -123,14 +123,15 @@ class StageMeasurements:
         settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
         if schedule.problems == 0:
             say(
-                f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more than "
-                f"{settings.max_share:.0%} of the stage's FLOPs; conditions.problems and conditions.every measure it all the same"
+                f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more "
+                f"than {100 * settings.max_share:.0f} % of the stage's FLOPs; conditions.problems and conditions.every "
+                "measure it all the same"
             )
         elif share > NOTABLE_SHARE or (schedule.problems, schedule.every) != (wanted, settings.every):
             times = schedule.measurements(self.context.steps(self.node))
             say(
                 f"{stage}: condition C2 (how far student and teacher are apart) is measured {times} times on {schedule.problems} "
-                f"problems: at most {share:.0%} of the stage's FLOPs; conditions.problems: 0 turns it off"
+                f"problems: at most {100 * share:.0f} % of the stage's FLOPs; conditions.problems: 0 turns it off"
             )
 
     @cached_property

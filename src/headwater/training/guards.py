@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from headwater.config.dense import Dense
 from headwater.config.guards import GUARDS, Guard, Guards
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.tasks.outcomes import Outcomes
@@ -43,7 +44,7 @@ class Measure:
     metrics      columns of metrics.jsonl; the worst of several counts
     figure       (mean over the window, mean over the stage's first window, lowest mean so far) -> value compared with the bound
     below        whether a value at or below the bound sounds the alarm, rather than one above it
-    description  the alarm in words; {figure} is replaced by the value
+    description  the alarm in words; {figure} is replaced by the value, {percent} by it in percent
     remedy       what to do about it, in a few words; {stage} is replaced by the stage's field
     windows      number of full windows that it compares; a stage must be long enough for them
     unless       a column whose presence disables the guard
@@ -93,14 +94,14 @@ MEASURES: dict[str, Measure] = {
         ("truncated",),
         _mean,
         below=False,
-        description="{figure:.0%} of the completions reached the token limit",
+        description="{percent:.0f} % of the completions reached the token limit",
         remedy="raise {stage}.sampling.max_tokens",
     ),
     "no_variance": Measure(
         ("informative",),
         _mean,
         below=True,
-        description="{figure:.0%} of the groups have rewards that differ",
+        description="{percent:.0f} % of the groups have rewards that differ",
         remedy="end the stage earlier, use harder or easier problems, or raise {stage}.group_size",
         explained=True,
     ),
@@ -129,11 +130,11 @@ class Alarm:
     def sentence(self, stage: StageOutcomes) -> str:
         """The alarm in words, with its remedy.
 
-        Example: `truncation: 62% of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
+        Example: `truncation: 62 % of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
         stages.opd.sampling.max_tokens`.
         """
         measure = MEASURES[self.guard]
-        description = measure.description.format(figure=self.figure)
+        description = measure.description.format(figure=self.figure, percent=100 * self.figure)
         cause, remedy = "", measure.remedy.format(stage=stage.field)
         if measure.explained:
             outcomes = stage.over(range(self.step - self.window + 1, self.step + 1))
@@ -265,10 +266,12 @@ class NoSignalGuard:
 
     steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
     pool   number of labels that the stage may look at
+    dense  the stage's settings of the teacher's signal; where it trains groups that are all wrong, their labels buy that
     """
 
-    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int) -> None:
-        self._step = guards.patience if guards.no_signal == "stop" and steps >= guards.patience else None
+    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int, dense: Dense) -> None:
+        stops = guards.no_signal == "stop" and steps >= guards.patience and not dense.trains_wrong_groups
+        self._step = guards.patience if stops else None
         self._stage, self._steps, self._pool = stage, steps, pool
         self._informative = False
 
