@@ -3,8 +3,9 @@
     python -m benchmarks.results RUNS [--page docs/results.md]
 
 RUNS contains the folders that the page names (`main`, `llama`, `labels`, …). The text between `<!-- NAME:KIND -->` and
-`<!-- end -->` is replaced by KIND of RUNS/NAME: `arms`, `contrasts`, `predictions`, `conditions`, `sweep`, or `table` (the table.md
-that benchmarks.ten_settings wrote). Plots are written to `results/` next to the page. A block whose run is missing does not change.
+`<!-- end -->` is replaced by KIND of RUNS/NAME: `arms`, `contrasts`, `ideas`, `predictions`, `conditions`, `sweep`, or `table`
+(the table.md that benchmarks.ten_settings wrote). Plots are written to `results/` next to the page. A block whose run is missing
+does not change.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from headwater.report.contrasts import reading
+from headwater.config.arms import ARMS
+from headwater.report.contrasts import flops_ratio, reading
 from headwater.report.format import count, p_text, percent, points, units
+from headwater.report.ideas import idea_contrasts
 
 Block = Callable[[Path, str, Path], str]
 
@@ -101,6 +104,28 @@ def contrasts(run: Path, name: str, plots: Path) -> str:
     return table(["a − b", "points [95 %]", "p", "labels a / b", "FLOPs a / b", "equal", "a better than b"], rows)
 
 
+def ideas(run: Path, name: str, plots: Path) -> str:
+    """Every follow-up minus the arm that it changes, on each evaluation."""
+    report = read_report(run / "report.json")
+    several = len(report["evals"]) > 1
+    rows = [
+        [
+            f"`{contrast['a']}` − `{contrast['b']}`",
+            *([contrast["eval"]] if several else []),
+            f"{points(contrast['difference'])} {interval(contrast, points)}",
+            p_text(contrast["p"]),
+            flops_ratio(contrast),
+            reading(contrast),
+            ARMS[contrast["a"]].source or "–",
+        ]
+        for eval_name in report["evals"]
+        for contrast in idea_contrasts(report)
+        if contrast["eval"] == eval_name
+    ]
+    head = ["idea − base", *(["evaluation"] if several else [])]
+    return table([*head, "points [95 %]", "p", "FLOPs", "better", "source"], rows)
+
+
 def predictions(run: Path, name: str, plots: Path) -> str:
     rows = [
         [prediction["name"], prediction["claim"], f"**{prediction['reading']}**", prediction["why"]]
@@ -148,6 +173,7 @@ def written_table(run: Path, name: str, plots: Path) -> str:
 KINDS: dict[str, Block] = {
     "arms": arms,
     "contrasts": contrasts,
+    "ideas": ideas,
     "predictions": predictions,
     "conditions": conditions,
     "sweep": sweep,

@@ -19,7 +19,8 @@ def with_table(page: str) -> str:
 
 
 def _table(arms: dict[str, Arm]) -> str:
-    rows = [f"| `{name}` | {arm.description} | {arm.question} |" for name, arm in arms.items()]
+    questions = {name: f"{arm.question} ({arm.source})" if arm.source else arm.question for name, arm in arms.items()}
+    rows = [f"| `{name}` | {arm.description} | {questions[name]} |" for name, arm in arms.items()]
     return "\n".join(["| arm | what it is | the question it answers |", "|---|---|---|", *rows])
 
 

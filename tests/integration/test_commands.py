@@ -49,6 +49,9 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
     "run pocket --arm bridge --set 'stages.opd.dense.teacher_weights={teacher: 1.25, base_teacher: -0.25}' --dry-run": "opd",
     "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
+    "run pocket --arm bridge --set stages.warmup.prompts=every --set stages.warmup.group_size=1 "
+    "--set stages.opd.prompts=every --dry-run": "opd",
+    "run pocket --arm bridge --set 'stages.warmup.lora={r: 16, alpha: 32}' --set stages.warmup.optim.lr=1e-2 --dry-run": "warmup",
     "run pocket --arm opd_only --set stages.opd.dense.tokenizers=prefix --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms improved --seeds 0,1 --dry-run": "opd.s1",
@@ -196,6 +199,7 @@ PARSED_ONLY = {
     "models.student=.real/SmolLM2-135M-Instruct --set models.teacher=.real/SmolLM2-135M-Instruct --out RUNS/smollm2": (
         "needs the weights of `make real`, and 90 minutes"
     ),
+    "study paper-qwen3-one-gpu --arms direct_grpo,bridge --out runs/paper": "needs a GPU",
     "validate --task python": "a sentence names it without its file",
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
     "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
@@ -215,7 +219,8 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "cd examples": "where the two commands after it are run",
     "torchrun --nproc-per-node 2 -m headwater run pocket": "tests/integration/test_torchrun.py starts two processes this way",
     "torchrun --nproc-per-node 8 -m headwater run my.yaml": "needs eight GPUs",
-    "torchrun --nnodes 2": "needs two machines",
+    "torchrun --nproc-per-node 8 -m headwater study paper-qwen3-1.7b": "needs eight GPUs",
+    "torchrun --nnodes 2": "needs two machines; tests/integration/test_torchrun.py starts two agents on one",
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
     "python -m tools.real": "fetches real weights: make real",
@@ -224,6 +229,8 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
     "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
+    "python -m benchmarks.other_tokenizers": "takes half an hour: tests/unit/test_benchmarks.py has its table",
+    "python -m tools.pretrain pocket": "takes minutes: tests/unit/tools/test_pretrain_pocket.py makes small models",
 }
 
 

@@ -111,6 +111,51 @@ def test_ray_node_lost_too_often_fails_and_rest_continues(ray: Any, tmp_path: Pa
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
 
 
+@pytest.mark.many
+def test_cluster_after_loss_of_machine_gives_same_files(ray: Any, tmp_path: Path) -> None:
+    """Two Ray nodes with a CPU each; all processes of the second are killed while it runs a stage."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        machine = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        raylet = machine.all_processes["raylet"][0].process.pid
+        lost: list[str] = []
+
+        def lose_machine() -> None:
+            deadline = time.monotonic() + 200
+            while not lost and time.monotonic() < deadline:
+                for path in tmp_path.glob("nodes/*/metrics.jsonl"):
+                    stage = path.parent.name.split(".")[0]
+                    on_machine = [pid for pid in processes_at(stage) if parent_of(pid) == raylet]
+                    if on_machine and path.read_text(encoding="utf-8").count("\n") >= 2:
+                        lost.append(stage)
+                        cluster.remove_node(machine, allow_graceful=False)
+                        return
+                time.sleep(0.02)
+
+        thread = threading.Thread(target=lose_machine, daemon=True)
+        thread.start()
+        result = on_ray(tmp_path)
+        thread.join(timeout=60)
+        assert result.code == 0, result.err
+        assert lost and f"{lost[0]} on all (seed 0): its process is gone; it goes on in another one" in result.err
+        assert_same(tmp_path, here())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+def parent_of(pid: int) -> int | None:
+    """Id of a process's parent; None once it has ended."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def test_ray_refuses_unavailable_resources(ray: Any, tmp_path: Path) -> None:
     result = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
     assert result.code == 2

@@ -94,6 +94,30 @@ def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, t
         assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes).code == 0
 
 
+def test_guard_stops_run_when_server_turns_uniform(pocket_teacher: Policy, tmp_path: Path) -> None:
+    good, steps = Answering(pocket_teacher), "metrics.jsonl"
+
+    def flat(path: str, body: dict[str, Any] | None) -> Any:
+        answer = good(path, body)
+        if list(tmp_path.glob(f"out/nodes/opd.*/{steps}")) and "prompt_logprobs" in (body or {}):
+            entries = [
+                entry
+                for choice in answer["choices"]
+                for place in choice["prompt_logprobs"][1:]
+                for entry in place.values()
+            ]
+            for entry in entries:
+                entry["logprob"] = -math.log(pocket_teacher.vocabulary)
+        return answer
+
+    with serving(flat) as there:
+        changes = (*RAW, "stages.opd.steps=6", f"models.teacher={there.url}")
+        result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
+    assert result.code == 4 and "step 3 of 6: guard teacher_uniform: the teacher gives every token" in result.err
+    contrasts = [row["teacher_contrast"] for row in rows(node(tmp_path / "out", "raw_teacher", "opd") / steps)]
+    assert contrasts[0] > 0.5 and contrasts[1:] == [pytest.approx(0.0, abs=1e-6)] * 2
+
+
 # Teachers by tag ------------------------------------------------------------------------------------------------------
 
 

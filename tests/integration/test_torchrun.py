@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -182,6 +185,49 @@ def test_torchrun_gives_same_run_and_rank_0_prints(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("accuracy on sums before, between and after the stages") == 1
     assert_alike(tmp_path / "out", one_process())
+
+
+def agents(out: Path) -> list[subprocess.Popen[str]]:
+    """Two agents of torchrun on the loopback, each as a machine of its own with a process: sessions that can be killed whole."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two-machines"]
+    argv = [*launcher, "--local-addr", "127.0.0.1", "-m", "headwater", *map(str, command(out))]
+    return [
+        subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        )
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.many
+def test_two_machines_give_same_run(tmp_path: Path) -> None:
+    machines = agents(tmp_path / "out")
+    ended = [machine.communicate(timeout=280) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ended
+    assert sum(out.count("accuracy on sums before, between and after the stages") for out, _ in ended) == 1
+    assert_alike(tmp_path / "out", one_process())
+
+
+@pytest.mark.many
+def test_two_machines_resume_after_loss_of_one(tmp_path: Path) -> None:
+    out, machines = tmp_path / "out", agents(tmp_path / "out")
+    deadline = time.monotonic() + 200
+    while not any(rows(path) for path in out.glob("nodes/opd.*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(machines[1].pid, signal.SIGKILL)  # the agent and its process at once, as when a machine is lost
+    _, err = machines[0].communicate(timeout=120)
+    machines[1].communicate()
+    assert machines[0].returncode == 1, err  # torchrun's own code, whatever its process returned
+    assert "another process of this run was lost; run the same command again" in err, err
+    assert not (node_of(out, "opd") / "DONE").exists()
+    machines = agents(out)
+    ended = [machine.communicate(timeout=280) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ended
+    assert_alike(out, one_process())
 
 
 def test_only_run_study_and_demo_accept_several_processes() -> None:

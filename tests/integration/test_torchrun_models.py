@@ -17,7 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from forked_ranks import run_ranks
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder

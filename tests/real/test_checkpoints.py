@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.config.stage import Sampling
 from headwater.losses.batch import Row
 from headwater.models.folder import ModelFolder

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from headwater.config.recipe import Lora, Models
+from headwater.config.lora import Lora
+from headwater.config.recipe import Models
 from headwater.config.stage import Sampling
 from headwater.errors import HeadwaterError
 from headwater.losses.batch import Row

@@ -32,14 +32,15 @@ def run_ranks(
     faults: Mapping[int, str] | None = None,
     signals: Sequence[tuple[str, int]] = (),
     patience: float = 120,
+    script: str | Path | None = None,
 ) -> list[Rank]:
-    """Run the program in several processes of one group.
+    """Run the program, or a script in its place, in several processes of one group.
 
     faults   rank -> fault to inject (`storage.fault_points`)
     signals  (file, signal number): sent to every rank once the file exists
     """
     request = {"size": size, "argv": [str(word) for word in argv], "faults": faults or {}, "signals": list(signals)}
-    request |= {"patience": patience}
+    request |= {"patience": patience, "script": None if script is None else str(script)}
     return [Rank(**fields) for fields in warm_runs().ask("forked_ranks:all_ranks", request)]
 
 
@@ -57,7 +58,7 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             os.environ |= {name: str(value) for name, value in world.items()}
             fault = request["faults"].get(str(rank))
             run_request = {"argv": request["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
-            run_request |= Place().request()
+            run_request |= Place(script=request["script"]).request()
             try:
                 forked_runs.child(run_request, folder / str(rank))
             finally:

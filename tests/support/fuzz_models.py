@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fuzz_recipes import WrongError, prepare, small
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import Lora, Models
+from headwater.config.lora import Lora
+from headwater.config.recipe import Models
 from headwater.models.device import device_of
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy

@@ -1,6 +1,10 @@
 """Memory of one rank in FSDP2 training, in MB above a process that has loaded its libraries and a pocket model.
 
 torchrun --nproc-per-node N tests/support/ranks_memory.py [--layers 12] [--width 768] [--vocabulary 32000] [--steps 2]
+    [--dtype bfloat16] [--sampler vllm]
+
+With vLLM the pocket teacher's engine runs before the measurement, so that its libraries do not count; `start_peak_mb` is the peak
+while the measured model's engine starts and reads its files, `sample_peak_mb` of a later batch.
 """
 
 from __future__ import annotations
@@ -12,17 +16,21 @@ import multiprocessing
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from headwater.config.compute import Compute, Vllm
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, init_process_group
 from headwater.losses.objectives import objective_of
-from headwater.models import fsdp
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
+from headwater.sampling.sharded_sampler import sharded
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.sampling.vllm_sampler import EnginePool
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
@@ -59,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, usual in (("layers", 12), ("width", 768), ("vocabulary", 32000), ("steps", 2)):
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--sampler", default="torch", choices=("torch", "vllm"))
     parser.add_argument("--model", type=Path, help="a model folder to use instead of making one")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,25 +87,39 @@ def main() -> None:
             maker.start()
             maker.join()
         ranks.barrier()
-        measure(folder, args.steps, ranks)
+        measure(folder, args, ranks)
         ranks.barrier()
 
 
-def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
-    load_policy(ModelFolder.open("pocket:qwen3-student", "warm"), LoadOptions(MODELS, CPU, frozen=False))
+def measure(folder: Path, args: argparse.Namespace, ranks: ProcessGroup) -> None:
+    models = MODELS.model_copy(update={"dtype": args.dtype})
+    pool = EnginePool(Compute(sampler="vllm", vllm=Vllm(compiled=False, cache_gb=0.05), sample_batch=8), 64)
+    engines = args.sampler == "vllm"
+    make_sampler = pool.sampler if engines else sharded(TorchSampler)
+    sample = partial(sampled_rows, groups=2, group_size=4, max_tokens=16, make_sampler=make_sampler)
+    warm = load_policy(
+        ModelFolder.open(f"pocket:qwen3-{'teacher' if engines else 'student'}", "warm"),
+        LoadOptions(models, CPU, frozen=False, ranks=ranks),
+    )
+    if engines:
+        sample(warm)
+    del warm
     empty = forget()
-    policy = load_policy(ModelFolder.open(str(folder), "model"), LoadOptions(MODELS, CPU, frozen=False, ranks=ranks))
+    policy = load_policy(ModelFolder.open(str(folder), "model"), LoadOptions(models, CPU, frozen=False, ranks=ranks))
     loading = status("VmHWM") - empty
     loaded = forget() - empty
     stage = stage_of("grpo", batch_size=8, group_size=4)
     optimizer = make_optimizer(policy, stage.optim)
-    with fsdp.unsharded(policy) as whole:
-        rows = sampled_rows(whole, groups=2, group_size=4, max_tokens=16)
-        sampling = status("VmHWM") - empty
-    del whole
+    starting = 0.0
+    if engines:
+        sample(policy)
+        starting = status("VmHWM") - empty
+        forget()
+    rows = sample(policy)
+    sampling = status("VmHWM") - empty
     forget()
     seconds = []
-    for _ in range(steps):
+    for _ in range(args.steps):
         began = time.perf_counter()
         stats = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
         seconds.append(time.perf_counter() - began)
@@ -106,7 +130,8 @@ def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
         "weights_mb": sum(map(local, parameters)) / 1e6,
         "gradients_mb": sum(local(parameter.grad) for parameter in parameters if parameter.grad is not None) / 1e6,
         "optimizer_mb": sum(local(tensor) for state in optimizer.state.values() for tensor in state.values()) / 1e6,
-        "load_peak_mb": loading, "loaded_mb": loaded, "sample_peak_mb": sampling, "step_peak_mb": stepping,
+        "load_peak_mb": loading, "loaded_mb": loaded,
+        "start_peak_mb": starting, "sample_peak_mb": sampling, "step_peak_mb": stepping,
         "after_mb": forget() - empty, "grad_norm": stats["grad_norm"], "loss": stats["loss"], "seconds_step": seconds[-1],
     }  # fmt: skip
     print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}))

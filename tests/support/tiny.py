@@ -19,7 +19,7 @@ from headwater.models.batching_probe import with_measured_batching
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head
-from headwater.sampling.base import requests_for
+from headwater.sampling.base import SamplerFactory, requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import distributions_of
 from headwater.training.update import update
@@ -120,13 +120,19 @@ PROMPTS = ((1, 6, 15, 7, 2), (1, 8, 9, 15, 10, 2), (1, 14, 2), (1, 5, 5, 15, 13,
 
 
 def sampled_rows(
-    policy: Policy, groups: int = 2, group_size: int = 4, max_tokens: int = 8, temperature: float = 1.0, draw: int = 0
+    policy: Policy,
+    groups: int = 2,
+    group_size: int = 4,
+    max_tokens: int = 8,
+    temperature: float = 1.0,
+    draw: int = 0,
+    make_sampler: SamplerFactory = TorchSampler,
 ) -> list[Row]:
     """Rollouts of a policy on the first PROMPTS, with ±1 advantages that differ within each group."""
     wanted = requests_for(
         [(problem_id(str(prompt)), prompt) for prompt in PROMPTS[:groups]], group_size, 0, draw, "test"
     )
-    rollouts = TorchSampler(policy).sample(wanted, Sampling(max_tokens=max_tokens, temperature=temperature))
+    rollouts = make_sampler(policy).sample(wanted, Sampling(max_tokens=max_tokens, temperature=temperature))
     return [Row(rollout, advantage=1.0 if index % 2 else -1.0) for index, rollout in enumerate(rollouts)]
 
 

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import child, limits, loss, runner, sandbox, summary
+from benchmarks import child, limits, loss, other_tokenizers, runner, sandbox, summary
 from benchmarks.cases import QWEN25, CannotRunError, Case, all_cases, select_cases
 from benchmarks.rewards import parity
 from benchmarks.table import cells
+from headwater import stats
 from headwater.models.shape import Shape
 from headwater.runs.hardware import MODELS
 
@@ -250,3 +252,35 @@ def test_sandbox_gradings_have_right_verdicts(
     monkeypatch.setattr(sandbox, "gradings", lambda count: (pairs, ["equal"] * 8))
     with pytest.raises(RuntimeError, match="1 of 7 verdicts are not the right ones"):
         sandbox.main(["--workers", "1"])
+
+
+def trained_form(after: float, seed: int = 0) -> other_tokenizers.Trained:
+    """Accuracies of 200 problems with 4 samples each for 3 seeds, around the given mean."""
+    draw = np.random.default_rng(seed)
+    before, after_SP = (draw.binomial(4, mean, (3, 200)) / 4 for mean in (0.1, after))
+    return other_tokenizers.Trained(np.broadcast_to(before[:1], (3, 200)), after_SP, after_SP, 1e12)
+
+
+def test_gain_recovered_across_tokenizers_is_ratio_with_interval() -> None:
+    same, form = trained_form(0.7), trained_form(0.64, seed=1)
+    share = other_tokenizers.recovered(form, same)
+    before = same.before_SP.mean()
+    assert share.mean == pytest.approx((form.after_SP.mean() - before) / (same.after_SP.mean() - before))
+    assert share.low < share.mean < share.high and share.high - share.low < 0.3
+    # The paired difference to a share within the interval is not shown to be other than 0, to one outside it is.
+    mixed = {
+        share_: (1 - share_) * same.before_SP + share_ * same.after_SP
+        for share_ in (share.high - 0.01, share.high + 0.01)
+    }
+    inside, outside = (stats.contrast(form.after_SP, values) for values in mixed.values())
+    assert inside.high > 0 > outside.high
+    itself = other_tokenizers.recovered(same, same)
+    assert (itself.mean, itself.low, itself.high) == pytest.approx((1.0, 1.0, 1.0), abs=0.02)
+
+
+def test_table_of_forms_names_gain_of_each() -> None:
+    text = other_tokenizers.markdown({"same": trained_form(0.7), "prefix": trained_form(0.64, seed=1)})
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows[0].startswith("| `same` |") and "| – | – |" in rows[0]
+    share = other_tokenizers.recovered(trained_form(0.64, seed=1), trained_form(0.7))
+    assert f"| {100 * share.mean:.1f} [" in rows[1] and text.rstrip().endswith("3 seeds, 200 problems.")

@@ -22,6 +22,7 @@ from headwater.runs.plan import make_plan
 from headwater.sampling.build import importance_cap, sampler_factory
 from headwater.storage.run_dir import RunDir
 from headwater.tasks.registry import find_task, grader_code
+from tiny import tiny_policy
 
 CODE = """
 from headwater.config.objectives import ObjectiveSpec, objective
@@ -127,7 +128,8 @@ def test_user_objective_is_refused_outside_its_stages_or_undeclared(plugin: Path
 
 def test_user_sampler_is_made_from_recipe(plugin: Path) -> None:
     recipe = read_recipe("pocket", {"compute.sampler": "echo"})
-    assert sampler_factory(recipe)("policy") == ("sampler of", "pocket", "policy")  # type: ignore[arg-type, comparison-overlap]
+    policy = tiny_policy()
+    assert sampler_factory(recipe)(policy) == ("sampler of", "pocket", policy)  # type: ignore[comparison-overlap]
     assert importance_cap(recipe) == recipe.compute.vllm.importance_cap  # its log-probs are not the trainer's
 
 

@@ -29,14 +29,19 @@ def print_dry_run(
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             preflight(plan, inputs)
-    nodes, arms_of = estimates(plan, inputs, Assumptions(options.mean_tokens, options.count)), plan.arms_by_node()
+    device = None if options.device is None else DEVICES[options.device]
+    nodes = estimates(
+        plan, inputs, Assumptions(options.mean_tokens, options.count, None if device is None else device.memory)
+    )
+    arms_of = plan.arms_by_node()
     if as_json:
         print(json.dumps([{**json_row(node, options), "arms": arms_of[node.name]} for node in nodes]))
         return
-    device = None if options.device is None else DEVICES[options.device]
     if device is None and not inputs.missing:  # models that are not here will hardly train here
         device = device_here(inputs.device)
     console().print(cost_table(nodes, options, device, arms_of if len(arms) > 1 else None))
+    if options.device is not None:
+        console().print(memory_table(nodes, f"memory of each of {options.count} × {options.device}"))
     for message in inputs.missing or ():
         print(message)
     for role, shape in model_shapes(inputs).items():
@@ -92,9 +97,30 @@ def cost_table(
     return table
 
 
-def short_list(arms: Sequence[str]) -> str:
+def short_list(names: Sequence[str]) -> str:
     """Example: `exopd +3` for four arms."""
-    return f"{arms[0]} +{len(arms) - 1}" if len(arms) > 1 else "".join(arms)
+    return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else "".join(names)
+
+
+PARTS = {
+    "weights": "weights", "optimizer": "optimizer", "frozen": "teachers", "sampler": "sampler", "kv_cache": "cache",
+    "gathered": "gathered", "activations": "activations",
+}  # fmt: skip
+"""Parts of a device's memory, and their columns."""
+
+
+def memory_table(nodes: Sequence[Estimate], title: str) -> Table:
+    """What each node holds on one device, by part; nodes that hold the same are one row."""
+    table = Table(
+        Column("node", no_wrap=True), *PARTS.values(), "peak", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    names: dict[tuple[str, ...], list[str]] = {}
+    for node in nodes:
+        cells = (*(units(value, "B") if value else "" for value in node.memory.row().values()), units(node.peak, "B"))
+        names.setdefault(cells, []).append(node.name.split(".")[0])
+    for cells, sharing in names.items():
+        table.add_row(short_list(tuple(dict.fromkeys(sharing))), *cells)
+    return table
 
 
 def experts_note(field: str, shape: Shape) -> str:
@@ -136,12 +162,24 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
             f"an estimate from {work} as measured just now in a matrix product and, {decoding} in a copy; loading, grading and the "
             "overhead of small models come on top",
         ]
+    lines.append(
+        "memory: weights with gradients and moments (optimizer) and teachers are divided over the devices; sampling (sampler, "
+        "cache) and a training pass (gathered weights, activations) take turns" + at_once(nodes)
+    )
     return [
         *lines,
         f"on {options.count} × {options.device}: {hours(options.count * seconds)} GPU-hours, {hours(seconds)} hours if nodes run "
         f"one after the other; at most {units(largest, 'B')} on a device of {units(device.memory, 'B')}, {fits}",
         f"assumed: {work} in bfloat16 and, {decoding} ({device.source}); the work divided evenly",
     ]
+
+
+def at_once(nodes: Sequence[Estimate]) -> str:
+    return (
+        ", or with compute.overlap or without vllm.sleep go on at once"
+        if any(node.memory.both for node in nodes)
+        else ""
+    )
 
 
 def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, options: DryRunOptions) -> str | None:

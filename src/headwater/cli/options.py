@@ -235,7 +235,7 @@ def dry_run_options(dry_run: bool, on: str | None, mean_tokens: float | None) ->
         return None
     if on is None:
         return DryRunOptions(None, 1, mean_tokens)
-    count, times, name = on.partition("x") if on[:1].isdigit() else ("1", "", on)
+    count, times, name = on.lower().partition("x") if on[:1].isdigit() else ("1", "", on.lower())
     if name not in DEVICES or not count.isdigit() or not 1 <= int(count) <= 100_000 or (on[:1].isdigit() and not times):
         raise UserError(f"--on {on}: unknown device; there are {', '.join(DEVICES)}, and 8xh100 means eight of one")
     return DryRunOptions(name, int(count), mean_tokens)

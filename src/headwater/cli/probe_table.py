@@ -93,6 +93,8 @@ def _advice(advice: dict[str, Any]) -> list[Text]:
     ]
     if advice["run"]["arm"] is not None:
         sentences.append(("Run", f"--arm {advice['run']['arm']}: {advice['run']['because']}."))
+    if (follow_up := advice.get("follow_up")) is not None:
+        sentences.append(("Beyond the paper", f"--arm {follow_up['arm']}: {follow_up['because']}."))
     return [Text.assemble((f"{name}: ", "bold"), sentence) for name, sentence in sentences]
 
 

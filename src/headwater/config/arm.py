@@ -37,6 +37,7 @@ class Arm:
 
     description   what the arm is, as reports and docs/arms.md print it
     question      the question that the arm answers (docs/arms.md)
+    source        where the idea was published
     compare_with  arms whose accuracy is reported as a contrast with this one: each of them minus this arm
     same_compute  (like, as): the last stage takes as many steps as bring the whole arm to the FLOPs of arm `as`, where a step costs
                   what it cost in arm `like`; None keeps the recipe's number of steps
@@ -48,6 +49,7 @@ class Arm:
     student: tuple[Step, ...]
     compare_with: tuple[str, ...] = ()
     same_compute: tuple[str, str] | None = None
+    source: str = ""
 
 
 def changed(stage: Stage, **fields: Any) -> Stage:

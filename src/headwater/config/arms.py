@@ -46,7 +46,7 @@ def mixture(recipe: Recipe, stage: Stage) -> Stage:
     rewarded = recipe.stages.student_rl or recipe.stages.teacher_rl
     group = max(2, stage.group_size) if rewarded is None else rewarded.group_size
     batch = max(group, stage.batch_size // group * group)
-    return changed(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
+    return changed(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch, prompts="pool")
 
 
 BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before"}

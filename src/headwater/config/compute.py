@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from headwater.config.samplers import SAMPLERS, check_sampler_name
 from headwater.config.schema import Choices, Gib, Name, Positive, Seconds, Strict, Tokens, Unit
@@ -40,7 +40,8 @@ class Vllm(Strict):
     cache_gb: Gib | None = None
     """KV cache. None uses what `memory` leaves on a GPU, and 1 on a CPU."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=1024), Unit("devices")] = 1
-    """Tensor-parallel devices; with more than 1, one process each, and weights are sent to them."""
+    """Devices that hold one engine together: processes that vLLM starts, or under torchrun consecutive ones of the run's own, whose
+    number it must divide."""
     compiled: bool = True
     """Compile the model and capture CUDA graphs: about a minute at start, faster steps afterwards."""
     sleep: bool = True
@@ -88,6 +89,9 @@ class Compute(Strict):
     """Sequences that the torch sampler decodes at once."""
     score_ahead: Annotated[int, Field(ge=1, le=64)] = 1
     """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle."""
+    overlap: Literal[0, 1] = 0
+    """1: on-policy stages sample a step's rollouts while the step before trains, from the weights before that update; the loss corrects
+    with `vllm.importance_cap`, whichever sampler (docs/devices.md)."""
     grader_workers: Annotated[int, Field(ge=1, le=1024), Unit("processes")] = 2
     """Processes that grade completions."""
     grader_seconds: Seconds = 2.0
@@ -102,3 +106,8 @@ class Compute(Strict):
     teacher caches that all their stages have read."""
     ray: Ray = Ray()
     """How `--executor ray` runs a study's nodes."""
+
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit an overlap of 0: recipes written before the field existed stay equal."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("overlap", 0)}

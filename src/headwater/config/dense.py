@@ -89,6 +89,9 @@ class Dense(Strict):
     """Weights of prompts and tokens; None weighs every token alike."""
     top_k: Tokens | None = None
     """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
+    normalize: Literal["tokens", "tags"] = "tokens"
+    """What `loss_mean` averages over: the tokens of all problems, or those of each tag, whose means then count alike, so that a
+    domain with long completions does not outweigh the others."""
 
     @property
     def weighs_by_verdict(self) -> bool:
@@ -137,6 +140,9 @@ class Dense(Strict):
     @model_serializer(mode="wrap")
     def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {"entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers", "start_update"}
+        later = {
+            "entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers", "start_update",
+            "normalize",
+        }  # fmt: skip
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in serialize(self).items() if name not in unset}

@@ -75,6 +75,7 @@ class DataFacts:
     solution_tokens  (mean, 95th percentile) of worked solutions; None where there are none
     asks_for_form    whether most problems ask for the form of the answer themselves
     columns          columns that the user names, by the field of `data.SOURCE.columns`
+    alignment        how the tokenizers of student and teacher fit each other on the problems; empty where they give the same ids
     """
 
     path: str
@@ -88,6 +89,7 @@ class DataFacts:
     solution_tokens: tuple[float, float] | None
     asks_for_form: bool
     columns: Mapping[str, str] = field(default_factory=dict)
+    alignment: str = ""
 
 
 @dataclass(frozen=True)

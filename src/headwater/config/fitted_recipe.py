@@ -79,6 +79,10 @@ class FittedRecipe(FittedSizes):
             lines.append(
                 "note     the teacher is not larger than the student: it can pass on only what the reward teaches it"
             )
+        if self.data.alignment:
+            lines.append(
+                "note     the tokenizers differ: each model reads its own chat template, and texts are aligned by bytes"
+            )
         if "total" in self.times:
             time = f"time     {duration(self.times['total'])} for `headwater run my.yaml` if every completion reaches max_tokens"
             lines.append(f"{time}, as --dry-run estimates")
@@ -272,13 +276,16 @@ class FittedRecipe(FittedSizes):
             "sampling": {"max_tokens": self.completion.value},
             "optim": self.rate("student", "teacher"),
         }
+        dense = self.aligned(self.data.alignment)
         vocabulary = self.student.vocabulary
         if 4 * vocabulary * rollouts * self.completion.value > SMALL_CACHE:
-            fields["dense"] = Setting(
-                {"top_k": 64},
+            dense["top_k"] = Setting(
+                64,
                 "the cache keeps 64 tokens and the mass of the rest, 0.3 KB for each position; all "
                 f"{vocabulary:,} take {vocabulary / 250:,.0f} KB",
             )
+        if dense:
+            fields["dense"] = dense
         return Setting(fields, "stage 2a: forward KL to the teacher, on the teacher's rollouts")
 
     def opd(self) -> Setting:
@@ -295,9 +302,14 @@ class FittedRecipe(FittedSizes):
                 "group_size": Setting(OPD_GROUP, "student rollouts of one problem"),
                 "sampling": {"max_tokens": self.completion.value},
                 "optim": self.rate("student", "teacher"),
+                **({"dense": self.aligned("as in the warm-up")} if self.data.alignment else {}),
             },
             "stage 2b: reverse KL to the teacher, on the student's own rollouts",
         )
+
+    def aligned(self, comment: str) -> dict[str, Any]:
+        """The field that aligns two tokenizers, where they differ."""
+        return {"tokenizers": Setting("prefix", comment)} if self.data.alignment else {}
 
     @property
     def _few(self) -> str:

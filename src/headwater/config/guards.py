@@ -26,6 +26,8 @@ GUARDS: dict[str, dict[str, Any]] = {
     "truncation": {"action": "warn", "bound": 0.5, "window": 10},
     "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
     "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
+    "teacher_uniform": {"action": "stop", "bound": 0.1, "window": 2},
+    "teacher_jump": {"action": "stop", "bound": 10.0, "window": 5},
 }
 """Defaults of each guard (docs/checks.md); `training.guards` defines the metrics."""
 
@@ -51,6 +53,10 @@ class Guards(Strict):
     """At most `bound` of the groups have rewards that differ."""
     sampler_gap: Guard
     """Sampler and trainer differ by more than `bound` nats per token."""
+    teacher_uniform: Guard
+    """The log-probs of the teacher's tokens differ from −ln V, those of a uniform distribution, by at most `bound` · ln V."""
+    teacher_jump: Guard
+    """Between two windows the median KL to the teacher has moved by more than `bound` times its spread over the first of them."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,44 +23,13 @@ from pydantic import (
 from headwater.config import yaml
 from headwater.config.compute import Compute
 from headwater.config.guards import Guards
+from headwater.config.lora import Lora
 from headwater.config.prompt import Prompt
 from headwater.config.recipe_paths import with_paths
 from headwater.config.schema import Fraction, Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
 from headwater.config.stage import Sampling, Stages
 from headwater.config.validation import Keys, complaints
 from headwater.errors import RecipeError, UserError
-
-
-class Lora(Strict):
-    """Low-rank adapters (peft) that a stage trains instead of all weights (docs/models.md)."""
-
-    r: Annotated[int, Field(ge=1, le=65536)] = 16
-    """Rank of the adapters."""
-    alpha: Annotated[int, Field(ge=1, le=1_000_000)] = 32
-    """The adapter's output is scaled by alpha / r."""
-    dropout: float = 0.0
-    """Must be 0: otherwise the trainer's log-probs differ from the sampler's."""
-    targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
-    """Matrices that get an adapter, by the last part of their names, such as `[q_proj, v_proj]`; never the head."""
-    roles: Annotated[tuple[Literal["teacher", "student"], ...], Field(min_length=1)] = ("teacher", "student")
-    """Roles whose stages train adapters; stages of the other role train all weights."""
-    quantize: Literal["nf4"] | None = None
-    """Keep the frozen weights in four bits while an adapter trains (QLoRA); needs bitsandbytes."""
-    output: Literal["merged", "adapter"] = "merged"
-    """Output of a stage: a plain model folder with the adapter merged, or the adapter alone, which the next stage continues."""
-
-    @model_validator(mode="after")
-    def _trains_what_is_sampled(self) -> Lora:
-        if self.dropout != 0.0:
-            raise ValueError(
-                "dropout must be 0: otherwise the trainer's log-probs differ from those that the sampler drew with"
-            )
-        if not self.targets:
-            raise ValueError("targets is empty; name matrices, or all-linear")
-        for name in self.targets if isinstance(self.targets, tuple) else ():
-            if name in ("lm_head", "embed_tokens"):
-                raise ValueError(f"targets: {name} gets no adapter here; name matrices of the layers")
-        return self
 
 
 class Models(Strict):
@@ -279,7 +248,15 @@ class Recipe(Strict):
             raise ValueError(
                 "prompt.teacher.privileged and data.labeled.columns.context (or data.unlabeled's) need each other"
             )
+        if contexts and any(stage.prompts == "every" for stage in self.stages.named.values()):
+            raise ValueError(
+                "prompts: every does not go with prompt.teacher.privileged: contexts may hold unspent answers"
+            )
         for name, stage in self.stages.named.items():
+            if self.compute.overlap and stage.sparse.dynamic_sampling:
+                raise ValueError(
+                    f"compute.overlap: stages.{name}.sparse.dynamic_sampling samples again after grading; set one of them to 0"
+                )
             wanted = stage.until is not None and stage.until.metric == "validation"
             if wanted and self.data.validation is None:
                 raise ValueError(f"stages.{name}.until.metric validation: data.validation is missing")

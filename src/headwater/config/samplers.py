@@ -16,12 +16,15 @@ class SamplerSpec:
     module        defines `function(recipe) -> SamplerFactory` (sampling/base.py); imported when a run first samples
     trainer_logp  its log-probs are the trainer's own up to rounding, so the loss needs no importance correction
     package       the package that it imports; the optional extra of the same name installs it
+    collective    its samplers take policies that are sharded over ranks, and all ranks call them with all requests; others sample
+                  a rank's share of the requests with gathered weights (`sampling.sharded_sampler`)
     """
 
     module: str
     trainer_logp: bool
     package: str | None = None
     function: str = "make_factory"
+    collective: bool = False
 
     @property
     def of_user(self) -> bool:
@@ -30,7 +33,7 @@ class SamplerSpec:
 
 SAMPLERS = {
     "torch": SamplerSpec("headwater.sampling.torch_sampler", trainer_logp=True),
-    "vllm": SamplerSpec("headwater.sampling.vllm_sampler", trainer_logp=False, package="vllm"),
+    "vllm": SamplerSpec("headwater.sampling.vllm_sampler", trainer_logp=False, package="vllm", collective=True),
 }
 
 

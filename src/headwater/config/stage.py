@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from headwater.config.dense import Dense
+from headwater.config.lora import Lora
 from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, default_objective, known_objective
 from headwater.config.schema import Choices, Fraction, Natural, Positive, Steps, Strict, Tokens, Unit
 from headwater.errors import UserError
@@ -110,6 +111,11 @@ class Stage(Strict):
     """Learning rate and the optimizer's other settings."""
     sampling: Sampling = Sampling()
     """How the stage's completions are drawn."""
+    prompts: Literal["pool", "every"] = "pool"
+    """Problems that a stage without labels samples: those of its pool and `data.unlabeled`, or also `every` other problem of
+    `data.labeled`, whose answers stay unread and cost no label."""
+    lora: Lora | None = None
+    """Train a low-rank adapter in this stage alone and merge it at the stage's end (2608.06802); None follows `models.lora`."""
     length_schedule: LengthSchedule | None = None
     """Sample shorter completions in the first steps; None samples `sampling.max_tokens` throughout."""
     sparse: Sparse = Sparse()
@@ -191,8 +197,9 @@ class Stage(Strict):
 
     @model_serializer(mode="wrap")
     def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit the length schedule where there is none: recipes and fingerprints from before it existed do not have it."""
-        return {name: value for name, value in serialize(self).items() if (name, value) != ("length_schedule", None)}
+        """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
+        later = {"length_schedule": None, "prompts": "pool", "lora": None}
+        return {name: value for name, value in serialize(self).items() if name not in later or value != later[name]}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Stage:
@@ -221,12 +228,18 @@ class Stage(Strict):
             raise ValueError(
                 f"dense.{several}: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
             )
+        if self.dense.normalize == "tags" and not self.needs_teacher:
+            raise ValueError(f"dense.normalize: objective {self.objective} does not compare with a teacher")
         if self.dense.token_weights is not None and not (self.on_policy and "teacher" in self.signals):
             raise ValueError(
                 f"dense.token_weights: objective {self.objective} does not compare the policy's own rollouts with a teacher"
             )
         if self.length_schedule is not None:
             self._check_length_schedule(self.length_schedule)
+        if self.prompts == "every" and self.needs_labels:
+            raise ValueError(f"prompts: every needs a stage without labels, and objective {self.objective} grades here")
+        if self.lora is not None:
+            self._check_lora(self.lora)
         if self.dense.start_update is not None and self.needs_reference:
             raise ValueError(
                 "dense.start_update: sparse.kl_coef is a KL to the stage's start, which must then not move; set it to 0"
@@ -246,6 +259,16 @@ class Stage(Strict):
             raise ValueError(
                 f"length_schedule.start {schedule.start} must be below sampling.max_tokens {self.sampling.max_tokens}"
             )
+
+    def _check_lora(self, lora: Lora) -> None:
+        if lora.roles != ("teacher", "student"):
+            raise ValueError("lora.roles: the adapter of a stage is of the role that the stage trains; leave it out")
+        if lora.output != "merged":
+            raise ValueError(
+                "lora.output: the adapter of a stage is merged at its end; leave it out, or set models.lora"
+            )
+        if self.dense.start_update is not None:
+            raise ValueError("dense.start_update: the start under an adapter cannot move; train all weights")
 
     def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from headwater.errors import LostProcessError
 
@@ -170,6 +172,11 @@ def init_process_group() -> ProcessGroup:
         mesh = init_device_mesh("cuda" if cuda else "cpu", (size,))
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return ProcessGroup(rank, size, mesh, group, dist.PrefixStore("outcomes", store))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks, which must all call it; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_lost_process(error: BaseException) -> bool:

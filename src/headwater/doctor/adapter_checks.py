@@ -17,10 +17,10 @@ SHOWN = 3
 
 def adapters(context: DoctorContext) -> Iterator[Finding]:
     """Whether adapters can be attached, saved and loaded again, and what share of the layers' weights they cover."""
-    lora = context.recipe.models.lora
-    adapted = {base_of(node.start) for node in context.nodes if node.kind == "train" and node.lora(context.recipe)}
-    for role in context.roles if lora is not None else ():
-        if role.partition(".")[0] not in adapted or lora is None:
+    adapters = dict.fromkeys((base_of(node.start), node.lora(context.recipe)) for node in context.nodes)
+    trained = [(role, lora) for role in context.roles for base, lora in adapters if base == role.partition(".")[0]]
+    for role, lora in trained:
+        if lora is None:
             continue
         try:
             covered = coverage(context.inputs.model_folder(role), lora)

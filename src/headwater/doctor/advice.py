@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from headwater.doctor.evidence import best_evidence
 from headwater.doctor.readiness import PairMeasures, Readiness
 
 MIN_INFORMATIVE = 0.15
@@ -113,6 +114,31 @@ def arm_to_run(measures: PairMeasures) -> tuple[str | None, str]:
             f"the labels are worth about as much on the teacher as on the student (margin {labels.margin:+.2f}), so each gets half"
         )
     return labels.arm, f"the labels go to the {labels.where}" if labels.arm else "neither model can use labels yet"
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUpAdvice:
+    arm: str
+    because: str
+
+
+def follow_up_advice(measures: PairMeasures) -> FollowUpAdvice | None:
+    """The follow-up arm with the best evidence where the labels go to the teacher; None where nothing measured applies.
+
+    Every follow-up changes the bridge, so none applies where the labels belong on the student.
+    """
+    evidence = best_evidence(measures.spare_prompts) if label_advice(measures).where == "teacher" else None
+    if evidence is None:
+        return None
+    prompts = (
+        f"{measures.spare_prompts:,} problems whose labels the budget does not buy can still be prompts of warm-up and OPD "
+        f"(the warm-up would train {measures.passes:.1f} times on each cached rollout); "
+        if evidence.needs_prompts
+        else ""
+    )
+    return FollowUpAdvice(
+        evidence.arm, f"{prompts}measured {evidence.sentence()} (docs/results.md); not tried at other sizes"
+    )
 
 
 def has_signal(model: Readiness) -> bool:

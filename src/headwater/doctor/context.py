@@ -114,9 +114,11 @@ class DoctorContext:
 
     @property
     def trained_roles(self) -> Mapping[str, bool]:
-        """Each base model that a stage trains -> whether it trains adapters on it."""
-        trains = [node for node in self.nodes if node.kind == "train"]
-        adapted = {base_of(node.start): node.lora(self.recipe) is not None for node in trains}
+        """Each base model that a stage trains -> whether every such stage trains adapters on it."""
+        adapted: dict[Role, bool] = {}
+        for node in [node for node in self.nodes if node.kind == "train"]:
+            base = base_of(node.start)
+            adapted[base] = adapted.get(base, True) and node.lora(self.recipe) is not None
         return {role: adapted[base] for role in self.roles for base in adapted if base == role}
 
     def local(self, role: Role) -> list[str]:

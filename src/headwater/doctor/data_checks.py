@@ -181,5 +181,5 @@ def pool_sizes(context: DoctorContext) -> Iterator[Finding]:
                 f"labels.budget {len(inputs.pools.all)}: gives stage {node.stage} a pool of {pool} problems ({node.pool}), fewer "
                 f"than the {needed} of one step (stages.{node.stage}.batch_size {stage.batch_size} / group_size {stage.group_size})",
                 "raise labels.budget, lower the stage's batch_size, or raise its group_size"
-                + ("" if stage.needs_labels else ", or add prompts without answers as data.unlabeled"),
+                + ("" if stage.needs_labels else ", set its prompts to every, or add prompts as data.unlabeled"),
             )

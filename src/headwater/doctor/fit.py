@@ -29,10 +29,14 @@ from headwater.config.prompt import Prompt
 from headwater.config.recipe import Columns, Recipe, Source, parse_recipe
 from headwater.data.describe import describe
 from headwater.data.sources import LoadedProblems, content_fraction, load, without_leaks
+from headwater.doctor.context import MAX_COMPARED_CHARACTERS
 from headwater.doctor.resource_checks import free_memory
+from headwater.doctor.tokenizer_checks import far_apart
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
+from headwater.models.pair_figures import measure
 from headwater.models.prompts import Prompter
+from headwater.models.token_bytes import TokenBytes, TokenPair
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
 from headwater.runs.estimate import estimates, total_seconds
 from headwater.runs.hardware import DEVICES, UTILISATION, Device
@@ -76,13 +80,12 @@ class FitRequest:
 def fitted_recipe(request: FitRequest) -> str:
     """The commented recipe as YAML. Nothing is written, and no weights are loaded.
 
-    Raises UserError that names the option for a model, file or device that cannot be used, for models with different tokens, and
+    Raises UserError that names the option for a model, file or device that cannot be used, for models without a common text, and
     for too few hours.
     """
     device = device_facts(request.device)
     student, teacher = _folder(request.student, "--student"), _folder(request.teacher, "--teacher")
-    _refuse_other_tokens(student, teacher)
-    data, models = data_facts(request, student), (model_facts(student), model_facts(teacher))
+    data, models = data_facts(request, student, teacher), (model_facts(student), model_facts(teacher))
     inputs: RunInputs | None = None
     peaks = []
     with contextlib.ExitStack() as stack:
@@ -220,16 +223,24 @@ def _folder(name: str, option: str) -> ModelFolder:
     return ModelFolder.open(name, option)
 
 
-def _refuse_other_tokens(student: ModelFolder, teacher: ModelFolder) -> None:
+def alignment(student: ModelFolder, teacher: ModelFolder, problems: Sequence[Problem]) -> str:
+    """How two tokenizers fit each other on the problems, in words; empty where they give the same ids.
+
+    Raises UserError where no text of the problems can be compared, and for equal tokenizers with output layers of unequal width.
+    """
     fields = student.field, teacher.field
+    texts = [problem.text[:MAX_COMPARED_CHARACTERS] for problem in problems[:MEASURED_PROBLEMS]]
     tokenizers = student.tokenizer, teacher.tokenizer  # one that cannot be read has its own sentence
     try:
-        refuse_different_tokens(*tokenizers, fields)
+        refuse_different_tokens(*tokenizers, fields, texts)
     except UserError as refusal:
-        raise UserError(
-            f"{refusal}; name a teacher of the student's family (Qwen2.5 with Qwen2.5, Llama 3 with Llama 3)"
-        ) from None
+        pair = TokenPair(*(TokenBytes.of(folder.tokenizer, folder.stop_ids) for folder in (student, teacher)))
+        figures = measure(pair, texts)
+        if not figures.aligned:
+            raise UserError(f"{refusal}; nor does any text of the data align by bytes: name another teacher") from None
+        return "; ".join(filter(None, (figures.sentence(), far_apart(figures))))
     refuse_different_widths(student.shape, teacher.shape, fields)
+    return ""
 
 
 def model_facts(folder: ModelFolder) -> ModelFacts:
@@ -252,8 +263,11 @@ def model_facts(folder: ModelFolder) -> ModelFacts:
 # Data -------------------------------------------------------------------------------------------------------------------
 
 
-def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
-    """What the files hold, in the student's tokens. Raises UserError that names the option, the file and the row."""
+def data_facts(request: FitRequest, student: ModelFolder, teacher: ModelFolder) -> DataFacts:
+    """What the files hold, in the student's tokens. Raises UserError that names the option, the file and the row.
+
+    The longest prompt is the longest of both models where their tokenizers differ.
+    """
     source = Source(path=request.data, columns=request.columns)
     description = describe(source, f"--data: {request.data}")
     task = description.task if request.task is None else request.task
@@ -272,7 +286,7 @@ def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
     asks = sum("boxed" in problem.text for problem in labeled.problems) > len(labeled.problems) / 2
     template = "{problem}" if asks else TEMPLATES.get(task, "{problem}")
     problems = [*labeled.problems, *held_out.problems]
-    solutions = description.solutions
+    solutions, aligned = description.solutions, alignment(student, teacher, labeled.problems)
     return DataFacts(
         request.data,
         request.evals or request.data,
@@ -281,10 +295,11 @@ def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
         len(labeled.problems),
         len(held_out.problems),
         share,
-        longest_prompt(student, template, problems),
+        max(longest_prompt(model, template, problems) for model in ((student, teacher) if aligned else (student,))),
         token_lengths(student, solutions) if solutions else None,
         asks,
         request.columns.model_dump(exclude_none=True),
+        aligned,
     )
 
 
@@ -306,9 +321,9 @@ def _only(every: LoadedProblems, inside: set[str], keep: bool) -> LoadedProblems
     return replace(every, problems=[problem for problem in every.problems if (problem.id in inside) == keep])
 
 
-def longest_prompt(student: ModelFolder, template: str, problems: Sequence[Problem]) -> int:
+def longest_prompt(model: ModelFolder, template: str, problems: Sequence[Problem]) -> int:
     """Tokens of the longest prompt among the problems with the longest texts."""
-    prompter = Prompter(student.tokenizer, Prompt(template=template, max_tokens=1_000_000_000))
+    prompter = Prompter(model.tokenizer, Prompt(template=template, max_tokens=1_000_000_000))
     longest = sorted(problems, key=lambda problem: -len(problem.text))[:MEASURED_PROBLEMS]
     return max(len(prompter.ids(problem)) for problem in longest)
 

@@ -7,44 +7,46 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headwater import seeds, stats
 from headwater.config.arms import ARMS, missing_fields, split_pool
 from headwater.config.recipe import Recipe
-from headwater.config.stage import Stage
-from headwater.data.labels import Labels
 from headwater.doctor import advice
 from headwater.doctor.checks import preflight
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.probe_result import ProbeResult
+from headwater.doctor.probe_samples import (
+    ModelSamples,
+    ProbeTask,
+    Role,
+    as_student_reads,
+    first_part,
+    sample_model,
+    spend_of,
+)
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, informative_share
-from headwater.errors import TrainingStoppedError, UserError
-from headwater.models.load import LoadOptions, load_policy
-from headwater.models.policy import Policy
+from headwater.errors import UserError
 from headwater.models.rope import mixed_lengths
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.display import ProgressDisplay
 from headwater.runs.inputs import RunInputs
+from headwater.runs.own_words import in_own_words
 from headwater.runs.setup import prepared, prompt_day
-from headwater.sampling.base import Request, requests_for
+from headwater.sampling.base import Request
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.ledger import Spend, record
 from headwater.storage.run_dir import RunDir, write_json
 from headwater.storage.untrusted import refuse_links
-from headwater.tasks.outcomes import Outcomes, outcome
-from headwater.teachers.server_client import is_served
+from headwater.teachers.translated import Supervisor
 from headwater.training import conditions
-from headwater.training.evaluate import sample_and_grade
-from headwater.types import Rollout, Verdict
+from headwater.types import Rollout
 
 PROBLEMS = 128
 SAMPLES = 8
@@ -55,58 +57,6 @@ PREFIX = 0.25
 
 PROBED_ARMS = ("bridge", "direct_grpo")
 """The arms between which the probe advises."""
-
-Role = Literal["student", "teacher"]
-
-
-@dataclass(frozen=True)
-class ProbeTask:
-    """What is sampled, with which labels, and where progress and label use are reported.
-
-    problems  ids of the sampled problems
-    samples   completions a problem
-    charge    called with the spend of every use of labels, when it was made
-    """
-
-    inputs: RunInputs
-    problems: Sequence[str]
-    samples: int
-    seed: int
-    labels: Labels
-    progress: ProgressDisplay
-    charge: Callable[[Spend], None]
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.inputs.recipe
-
-
-@dataclass(frozen=True)
-class ModelSamples:
-    """One model's samples, K of each of P problems in order of (problem, sample), and their verdicts.
-
-    field  the recipe's field of its RL stage
-    """
-
-    policy: Policy
-    stage: Stage
-    field: str
-    rollouts: Sequence[Rollout]
-    verdicts: Sequence[Verdict]
-    samples: int
-
-    def correct(self) -> NDArray[np.int64]:
-        """(P, K) 1 for right completions, 0 for the others."""
-        return np.array([int(verdict.correct) for verdict in self.verdicts]).reshape(-1, self.samples)
-
-    @property
-    def outcomes(self) -> Outcomes:
-        pairs = zip(self.rollouts, self.verdicts, strict=True)
-        return Outcomes(Counter(outcome(verdict.correct, verdict.reason, rollout.finish) for rollout, verdict in pairs))
-
-    @property
-    def right(self) -> list[Rollout]:
-        return [rollout for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True) if verdict.correct]
 
 
 def probe(
@@ -174,23 +124,21 @@ def probe(
 
 
 def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
-    """Measure both models; also returns C2 on all samples (`conditions.measure`)."""
+    """Measure both models; also returns C2 on all samples (`conditions.measure`), over groups of tokens where tokenizers differ."""
     recipe = task.recipe
-    if (
-        any(stage.dense.tokenizers != "same" for stage in recipe.stages.named.values())
-        or recipe.prompt.teacher is not None
-    ):
-        raise UserError(
-            "dense.tokenizers, prompt.teacher: the probe compares models token by token, with one tokenizer and prompt"
-        )
     student, teacher = sample_model("student", task), sample_model("teacher", task)
-    refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
+    dense = recipe.stages.require("opd").dense
+    compared = dense.model_copy(update={"divergence": "reverse"})  # whatever the loss compares, C2 is a KL
+    supervisor = in_own_words(teacher.policy, ("student", "teacher"), compared, task.inputs)
+    refuse_different_widths(student.policy, supervisor, ("models.student", "models.teacher"))
+    prompter = task.inputs.prompter(student.policy.tokenizer)
+    read = as_student_reads(teacher.rollouts, supervisor, lambda name: prompter.ids(task.inputs.problems[name]))
     top_k, tokens = recipe.conditions.top_k, recipe.compute.microbatch_tokens
     with task.progress.node("how far apart they are", 3, 3) as watch:
         watch.start(0, 3, "measures")
-        c2 = conditions.measure(student.policy, teacher.policy, student.rollouts, teacher.rollouts, top_k, tokens)
+        c2 = conditions.measure(student.policy, supervisor, student.rollouts, read, top_k, tokens)
         watch.advance(1, {"kl_student_teacher": c2["kl_student_teacher"]})
-        continuations = continue_right_answers(student, teacher, task)
+        continuations = continue_right_answers((student, teacher), supervisor, read, task)
         watch.advance(2, {})
     return PairMeasures(
         student=readiness(student, c2["entropy_student"]),
@@ -199,6 +147,7 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
         continuations=continuations,
         passes=cache_passes(task.inputs),
         same_weights=student.policy.fingerprint == teacher.policy.fingerprint,
+        spare_prompts=len(task.inputs.labeled.problems) - len(task.inputs.pools.all),
     ), c2
 
 
@@ -238,59 +187,6 @@ def cache_passes(inputs: RunInputs) -> float:
     return inputs.steps(pool, stage) * stage.batch_size / cached
 
 
-def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
-    """Sample one model as its RL stage would, and grade. Raises UserError if its log-probs are not finite."""
-    recipe, inputs = task.recipe, task.inputs
-    stage = recipe.stages.require("teacher_rl" if role == "teacher" else "student_rl")
-    started = time.perf_counter()
-    (field, name), *others = recipe.models.named(role).items()
-    if others or is_served(name):
-        raise UserError(f"{field}: probe measures one model whose weights are local; name a folder or a hub id")
-    policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
-    prompter = inputs.prompter(policy.tokenizer, role)
-    prompts = [(name, prompter.ids(inputs.problems[name])) for name in task.problems]
-    title = f"{role}, {len(prompts)} problems × {task.samples} samples"
-    with task.progress.node(title, 1 if role == "student" else 2, 3) as watch:
-        watch.start(0, len(prompts) * task.samples, "completions")
-        try:
-            graded = sample_and_grade(
-                inputs.sampler(policy),
-                # Both models use the same random numbers, as in evaluations, so that only the models differ.
-                requests_for(prompts, task.samples, 0, task.seed, "probe"),
-                stage.sampling,
-                task.labels,
-                prompter,
-                lambda finished: watch.advance(len(finished), {}),
-            )
-        except TrainingStoppedError as error:
-            raise UserError(f"models.{role}: {error}") from None
-    assert graded.verdicts is not None
-    spend = spend_of(task, role, task.problems, policy, graded.rollouts, started)
-    # Each model scores the rollouts of both for C2; the teacher's share of that is counted as scoring.
-    task.charge(replace(spend, tokens_teacher_scored=spend.tokens_sampled, flops=2 * spend.flops))
-    return ModelSamples(policy, stage, f"stages.{role}_rl", graded.rollouts, graded.verdicts, task.samples)
-
-
-def spend_of(
-    task: ProbeTask, stage: str, labels: Sequence[str], policy: Policy, rollouts: Sequence[Rollout], started: float
-) -> Spend:
-    """Ledger row of sampling and grading rollouts on these labels since `started`."""
-    sampled = sum(len(rollout.completion_ids) for rollout in rollouts)
-    read = sampled + sum(len(rollout.prompt_ids) for rollout in rollouts)
-    return Spend(
-        node="probe",
-        stage=stage,
-        seed=task.seed,
-        step=0,
-        purpose="probe",
-        labels=tuple(labels),
-        checks=len(rollouts),
-        tokens_sampled=sampled,
-        flops=policy.shape.flops(read, read / len(rollouts) / 2),
-        seconds=time.perf_counter() - started,
-    )
-
-
 def readiness(samples: ModelSamples, entropy: float) -> Readiness:
     """One model's measures from its samples."""
     right_P, count, group = samples.correct().sum(axis=1), samples.samples, samples.stage.group_size
@@ -315,39 +211,49 @@ def readiness(samples: ModelSamples, entropy: float) -> Readiness:
     )
 
 
-def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: ProbeTask) -> Continuations | None:
+def continue_right_answers(
+    models: tuple[ModelSamples, ModelSamples], supervisor: Supervisor, read: Sequence[Rollout], task: ProbeTask
+) -> Continuations | None:
     """Let both models continue the first quarter of the teacher's right answers, one per problem.
+
+    models      samples of the student and of the teacher
+    supervisor  the teacher as the student reads it
+    read        the teacher's rollouts as the student reads them
 
     None, at no cost, if the teacher got nothing right.
     """
-    recipe = task.recipe
-    answers: dict[str, Rollout] = {}
-    for rollout in teacher.right:
-        answers.setdefault(rollout.problem_id, rollout)
+    recipe, (student, teacher) = task.recipe, models
+    right = [
+        (own, its)
+        for own, its, verdict in zip(teacher.rollouts, read, teacher.verdicts, strict=True)
+        if verdict.correct
+    ]
+    answers: dict[str, tuple[Rollout, Rollout]] = {}
+    for own, its in right:
+        answers.setdefault(own.problem_id, (own, its))
     if not answers:
         return None
-    prefixes = {
-        name: rollout.completion_ids[: max(1, round(PREFIX * len(rollout.completion_ids)))]
-        for name, rollout in answers.items()
-    }
-    requests = [
-        Request(name, sample, rollout.prompt_ids + prefixes[name], (task.seed, "probe", "finish", name, sample))
-        for name, rollout in answers.items()
-        for sample in range(CONTINUATIONS)
-    ]
+    parts = {name: first_part(own, its, supervisor, PREFIX) for name, (own, its) in answers.items()}
+    prompts = {name: {"student": its.prompt_ids, "teacher": own.prompt_ids} for name, (own, its) in answers.items()}
     accuracy = {}
-    for role, samples in (("student", student), ("teacher", teacher)):
+    roles: tuple[tuple[Role, ModelSamples], ...] = (("student", student), ("teacher", teacher))
+    for role, samples in roles:
+        requests = [
+            Request(name, sample, prompts[name][role] + parts[name][role], (task.seed, "probe", "finish", name, sample))
+            for name in answers
+            for sample in range(CONTINUATIONS)
+        ]
         started = time.perf_counter()
         text = task.inputs.prompter(samples.policy.tokenizer).completion
         rollouts = TorchSampler(samples.policy, recipe.compute.sample_batch).sample(requests, teacher.stage.sampling)
         verdicts = task.labels.check(
-            [(row.problem_id, text(prefixes[row.problem_id] + row.completion_ids)) for row in rollouts]
+            [(row.problem_id, text(parts[row.problem_id][role] + row.completion_ids)) for row in rollouts]
         )
         right_PK = np.array([int(verdict.correct) for verdict in verdicts]).reshape(-1, CONTINUATIONS)
         accuracy[role] = stats.accuracy_interval(right_PK.mean(axis=1)[None])
         task.charge(spend_of(task, f"{role}_finish", list(answers), samples.policy, rollouts, started))
     divergences = conditions.divergences(
-        student.policy, teacher.policy, teacher.right, recipe.conditions.top_k, recipe.compute.microbatch_tokens
+        student.policy, supervisor, [its for _, its in right], recipe.conditions.top_k, recipe.compute.microbatch_tokens
     )
     return Continuations(len(answers), accuracy["student"], accuracy["teacher"], divergences.kl_teacher_student)
 
@@ -356,6 +262,7 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
     """The measures and the advice as plain values, for probe.json and `--json`."""
     labels, warmup = advice.label_advice(measures), advice.warmup_advice(measures)
     arm, because = advice.arm_to_run(measures)
+    follow_up = advice.follow_up_advice(measures)
     continuations, passes = measures.continuations, measures.passes
     models = {
         role: {**asdict(readiness), "outcomes": readiness.outcomes.shares}
@@ -382,6 +289,7 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
             "labels": {**asdict(labels), "arm": labels.arm, "close": labels.close},
             "warmup": asdict(warmup),
             "run": {"arm": arm, "because": because},
+            "follow_up": None if follow_up is None else asdict(follow_up),
             "outcomes": advice.outcome_advice(measures),
             "teacher": advice.teacher_advice(measures),
             "switch": advice.student_rl_advice(measures),

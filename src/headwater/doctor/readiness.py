@@ -76,6 +76,7 @@ class PairMeasures:
     continuations        None if the teacher got nothing right
     passes               times that the warm-up trains on each of the teacher's cached rollouts
     same_weights         whether student and teacher are the same model
+    spare_prompts        labelled problems that the budget does not buy: prompts for dense stages
     """
 
     student: Readiness
@@ -84,6 +85,7 @@ class PairMeasures:
     continuations: Continuations | None
     passes: float
     same_weights: bool = False
+    spare_prompts: int = 0
 
     @property
     def teacher_is_better(self) -> bool:

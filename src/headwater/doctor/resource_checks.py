@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from headwater.config.recipe import Lora, Models
+from headwater.config.lora import Lora
+from headwater.config.recipe import Models
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
 from headwater.models.adapter_size import adapter_size

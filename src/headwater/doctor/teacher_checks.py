@@ -94,6 +94,20 @@ def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
             return
 
 
+def normalized_tags(context: DoctorContext) -> Iterator[Finding]:
+    """A loss that is normalized by tag needs problems of several tags."""
+    stages = {
+        "warmup" if node.kind == "rollouts" else node.stage: node.settings
+        for node in context.nodes
+        if node.settings is not None and node.settings.dense.normalize == "tags"
+    }
+    tags = {problem.tag for problem in context.inputs.all_problems} if stages else set()
+    for name in stages if len(tags) == 1 else ():
+        tag = next(iter(tags))
+        have = f"have the tag {tag!r}" if tag else "have no tag (data.columns.tag names their column)"
+        yield cannot_run(f"stages.{name}.dense.normalize: is tags, and all problems {have}; leave it out")
+
+
 def server_tokens(context: DoctorContext) -> Iterator[Finding]:
     """A server must give the student's ids for the same text and for the same chat."""
     for role in context.served_teachers:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, note, warning
 from headwater.doctor.model_checks import compared_texts
-from headwater.models.pair_figures import measure
+from headwater.models.pair_figures import PairFigures, measure
 from headwater.models.tokenizer import PROBES
 from headwater.runs.tokenizers import token_pair
 
@@ -15,6 +15,17 @@ MIN_SINGLE = 0.9
 """Least share of spans of one token on both sides for comparing shared tokens alone."""
 MIN_ALIGNED, MIN_SHARED, MAX_LOST = 0.9, 0.05, 0.1
 """Least shares of aligned tokens and of common vocabulary, and largest share of texts that are not given back, of a useful pair."""
+
+
+def far_apart(figures: PairFigures) -> str:
+    """From which figures on a pair is useful, where these are worse; else empty."""
+    lost = figures.not_reversible + figures.unread
+    if figures.aligned >= MIN_ALIGNED and figures.shared >= MIN_SHARED and lost <= MAX_LOST * figures.texts:
+        return ""
+    return (
+        f"a pair is worth it from {MIN_ALIGNED:.0%} aligned tokens and {MIN_SHARED:.0%} common vocabulary on, with at most "
+        f"{MAX_LOST:.0%} of the texts lost"
+    )
 
 
 def alignment(context: DoctorContext) -> Iterator[Finding]:
@@ -38,15 +49,10 @@ def alignment(context: DoctorContext) -> Iterator[Finding]:
                 evidence,
                 "choose another teacher: no text of this data can be compared",
             )
-        elif (
-            figures.aligned < MIN_ALIGNED
-            or figures.shared < MIN_SHARED
-            or figures.not_reversible + figures.unread > MAX_LOST * figures.texts
-        ):
+        elif limits := far_apart(figures):
             yield warning(
                 "tokenizers-far-apart",
-                f"{evidence}; a pair is worth it from {MIN_ALIGNED:.0%} aligned tokens and {MIN_SHARED:.0%} common vocabulary on, with "
-                f"at most {MAX_LOST:.0%} of the texts lost",
+                f"{evidence}; {limits}",
                 "choose a teacher whose tokenizer gives these texts back, such as byte-level BPE",
             )
         else:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from headwater.config.learning_rates import RATES, judge_rate, signal_of, suggested_rate
 from headwater.doctor.context import DoctorContext, Sample
-from headwater.doctor.finding import Finding, note, warning
+from headwater.doctor.finding import Finding, error, note, warning
 from headwater.runs.plan import base_of
 from headwater.sampling.base import requests_for
 from headwater.types import Rollout
@@ -118,6 +118,16 @@ def whole_completions(context: DoctorContext, role: str, sample: Sample) -> tupl
         context.inputs.sampler(sample.policy).sample(requests, sample.sampling, keep)
     steps = max(len(rollout.completion_ids) for rollout in sample.rollouts)
     return ended, len(requests), sample.seconds / steps * sample.sampling.max_tokens
+
+
+def sampling_ahead(context: DoctorContext) -> Iterator[Finding]:
+    """`compute.overlap` in a plan without a stage that samples from its own policy."""
+    if context.recipe.compute.overlap and not any(node.settings and node.settings.on_policy for node in context.nodes):
+        yield error(
+            "overlap-without-sampling",
+            "compute.overlap: no stage of these arms samples from its policy; warm-up reads the teacher's rollouts",
+            "set compute.overlap=0",
+        )
 
 
 def overlap_width(context: DoctorContext) -> Iterator[Finding]:

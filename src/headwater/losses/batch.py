@@ -37,6 +37,7 @@ class Row:
     *_logp         per completion token, (n,) float32
     teacher        the teacher's distributions at the n completion tokens
     dense_weights  weight of the teacher's signal at each completion token, (n,) float32; None is 1 everywhere
+    tag            of the rollout's problem, where the loss is normalized by tag; else empty
     """
 
     rollout: Rollout
@@ -48,6 +49,7 @@ class Row:
     old_logp: Tensor | None = None
     teacher: Distributions | None = None
     dense_weights: Tensor | None = None
+    tag: str = ""
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.lora import Adapter, require_peft

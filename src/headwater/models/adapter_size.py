@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.errors import UserError
 from headwater.models.lora import Adapter
 from headwater.models.lora_targets import inject, peft_config

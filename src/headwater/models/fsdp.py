@@ -4,8 +4,9 @@ Training: all ranks enter each layer together, so a rank with fewer microbatches
 reads the head outside the forward does so in `sharded_forward`, while its weights are gathered. Gradients are summed over ranks,
 not averaged: the denominator is the whole step's and known to every rank.
 
-Sampling: each rank gathers all weights while it samples its share of the requests (`unsharded`, `ShardedSampler`), because
-decoding needs them for every token. Random draws are named, so how requests are split does not change them.
+Sampling: the embedded sampler gathers all weights on each rank while it samples its share of the requests (`unsharded`,
+`ShardedSampler`), because decoding needs them for every token; vLLM's engines receive them one matrix at a time
+(`Policy.checkpoint_weights`). Random draws are named, so how requests are split does not change them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
-from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, full_tensor
 from headwater.errors import TrainingStoppedError
 from headwater.models.fsdp_weights import set_parameter
 from headwater.models.oom import is_out_of_memory
@@ -106,9 +106,34 @@ def clip_grad_norm(policy: Policy, max_norm: float) -> float:
     return float(full_tensor(norm).item())
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all ranks; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def linear_matrices(model: nn.Module) -> set[int]:
+    """Ids of the matrices that only linear layers use, without adapters: autocast casts them for every product anyway."""
+    linear, others = set[int](), set[int]()
+    for name, module in model.named_modules():
+        ids = {id(parameter) for parameter in module.parameters(recurse=False)}
+        cast = {id(module.weight)} if type(module) is nn.Linear and ".lora_" not in name else set()
+        linear |= cast
+        others |= ids - cast  # a head tied to the embedding keeps the embedding's type
+    return linear - others
+
+
+@torch.no_grad()
+def copy_weights(policy: Policy, whole: Policy) -> None:
+    """Copy a policy's current weights, with an adapter added, into a model that this rank holds whole. All ranks must call it.
+
+    Sharded weights are gathered one at a time.
+    """
+    reshard(policy)
+    own = whole.model.state_dict()
+    for name, tensor in policy.merged_weights():
+        own[name].copy_(tensor)
+
+
+def reshard(policy: Policy) -> None:
+    """Free the weights that the last pass left gathered on this rank."""
+    for module in policy.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def meta_copy(model: Any) -> Any:
@@ -122,23 +147,26 @@ def _on_meta(parameter: Tensor) -> nn.Parameter:
 
 
 @contextlib.contextmanager
-def unsharded(policy: Policy, device: torch.device | None = None) -> Iterator[Policy]:
+def unsharded(
+    policy: Policy, device: torch.device | None = None, linear_dtype: torch.dtype | None = None
+) -> Iterator[Policy]:
     """The policy with all weights on this rank, as a single process has it; they are freed at the end.
 
-    device  where the weights are gathered, one after the other; the policy's own by default; `meta` keeps none
+    device        where the weights are gathered, one after the other; the policy's own by default; `meta` keeps none
+    linear_dtype  type of the matrices of linear layers, which are cast before they are gathered; None keeps theirs
     """
     if policy.ranks.single_process:
         yield policy
         return
-    for module in policy.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(policy)
     model, gathered = policy.meta_model, dict[int, nn.Parameter]()
     named = list(policy.model.named_parameters(remove_duplicate=False))
+    casts = set() if linear_dtype is None else linear_matrices(policy.model)
     with torch.no_grad():
         for name, parameter in named:
             if id(parameter) not in gathered:
-                full = full_tensor(parameter).to(device or policy.device)
+                shard = parameter.to(linear_dtype) if id(parameter) in casts else parameter
+                full = full_tensor(shard).to(device or policy.device)
                 gathered[id(parameter)] = nn.Parameter(full, requires_grad=False)
             set_parameter(model, name, gathered[id(parameter)])
     try:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from headwater import seeds
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
+from headwater.distributed.process_group import full_tensor
 from headwater.errors import UserError
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
@@ -105,7 +106,7 @@ class Adapter:
     def merged_weights(self, model: Any) -> Iterator[tuple[str, Tensor]]:
         """The model's weights under their usual names with the adapter added, one at a time; none is changed in place.
 
-        Sums are in float32; quantized weights are dequantized.
+        Sums are in float32; quantized weights are dequantized. Sharded weights are gathered: all ranks must read them all.
         """
         modules = dict(model.named_modules())
         adapted = {weight_name(path, layer): layer for path, layer in self.layers.items()}
@@ -114,7 +115,7 @@ class Adapter:
             if ".lora_" in name or path not in modules:
                 continue  # the adapter itself, or quantization scales, which belong to no module of their own
             plain_name = name.replace(BASE, "")
-            weight = dequantized_weight(modules[path]) if attribute == "weight" else tensor
+            weight = full_tensor(dequantized_weight(modules[path]) if attribute == "weight" else tensor)
             if plain_name in adapted:
                 weight = weight.float() + update_of(adapted[plain_name])
             if issubclass(getattr(modules[path], "source_cls", nn.Linear), Conv1D):
@@ -150,7 +151,7 @@ class Adapter:
 
 def update_of(layer: Any) -> Tensor:
     """What a layer's adapter adds to the weight, in float32 and in the weight's layout."""
-    down, up = (matrix.float() for matrix in low_rank_pair(layer))
+    down, up = (full_tensor(matrix).float() for matrix in low_rank_pair(layer))
     if not hasattr(layer, "parameter_name"):
         product = up @ down
         return product.t() if layer.fan_in_fan_out else product

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.errors import UserError
 from headwater.models.untrusted_files import as_user_error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, full_tensor
 from headwater.losses.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
 from headwater.losses.output_head import Head, LinearHead
 from headwater.losses.packing import gather_rows
@@ -144,10 +144,13 @@ class Policy:
         return replace(self, body=lora.ReferenceBody(self.body, self.adapter), adapter=None)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights under the model's own names, with an adapter added in; others are the tensors in memory."""
+        """Weights under the model's own names, with an adapter added in; others are the tensors in memory.
+
+        Sharded ones are gathered one at a time; all ranks must read all of them, in this order.
+        """
         weights = self.model.state_dict().items() if self.adapter is None else self.adapter.merged_weights(self.model)
         for name, tensor in weights:
-            yield name, tensor.detach()
+            yield name, full_tensor(tensor.detach())
 
     def checkpoint_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Merged weights under the names of a checkpoint file, where each fused expert is a separate matrix."""

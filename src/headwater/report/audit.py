@@ -222,7 +222,8 @@ def halves_apart(files: RunFiles) -> Counted:
         if wrong_labels:
             faults.append(f"{node.name}: used labels of the other half ({_few(wrong_labels)})")
         wrong_prompts = {problem for problem in _problems_sampled(node) if half_of(problem) != half} - wrong_labels
-        if wrong_prompts and files.recipe.data.unlabeled is None:
+        every = planned.settings is not None and planned.settings.prompts == "every"
+        if wrong_prompts and files.recipe.data.unlabeled is None and not every:
             faults.append(f"{node.name}: sampled on problems of the other half ({_few(wrong_prompts)})")
     both = by_half[0] & by_half[1]
     if both:

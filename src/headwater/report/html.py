@@ -11,6 +11,7 @@ import yaml
 from headwater.report import html_arms, html_contrasts, html_curves, html_labels, html_stages, html_time
 from headwater.report.figures import Plot
 from headwater.report.headline import headline, stops
+from headwater.report.ideas import ideas
 from headwater.report.render import render
 from headwater.report.rollouts import sample
 from headwater.report.stages import stage_name
@@ -33,6 +34,7 @@ def page(study: Study, report: dict[str, Any]) -> Page:
         html_arms.arms(report),
         html_contrasts.predictions(report),
         html_labels.labels(study, report),
+        ideas(report),
         html_contrasts.comparisons(report),
         html_arms.costs(report),
         html_stages.stages(report),

@@ -14,7 +14,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
-from headwater.runs.memory_estimate import pass_bytes, persistent_bytes
+from headwater.runs.memory_estimate import DeviceMemory, Held, gathered_bytes, held_bytes, pass_bytes, whole_copy_bytes
 from headwater.runs.plan import Node, Plan, Role, base_of, scorers, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
@@ -26,7 +26,7 @@ class Estimate:
     """Cost of a node where every completion has `max_tokens` tokens (an upper bound), or the assumed mean.
 
     bytes    weights, gradients and optimizer state, all devices together
-    peak     bytes on each device at once, with activations and caches
+    memory   bytes on each device by part, with activations and caches
     measured FLOPs of measurements between a stage's steps (condition C2, validation), which are part of `flops`
     condition_share  FLOPs of measuring condition C2, as a share of the stage's without measurements and evaluations
     decoded  (bytes read, FLOPs) of decoding, which memory bandwidth limits; the FLOPs are part of `flops`
@@ -39,10 +39,15 @@ class Estimate:
     tokens_teacher_scored: int
     flops: float
     bytes: float
-    peak: float
+    memory: DeviceMemory
     decoded: tuple[float, float] = (0.0, 0.0)
     measured: float = 0.0
     condition_share: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """Bytes on each device at once."""
+        return self.memory.peak
 
     def seconds(self, device: Device, count: int = 1) -> float:
         """On `count` devices, at UTILISATION and BANDWIDTH_SHARE of their peaks, with the work divided evenly."""
@@ -61,15 +66,17 @@ class Estimate:
             "flops_measuring_at_most": self.measured,
             "memory_bytes": self.bytes,
             "peak_bytes": self.peak,
+            "device_bytes": self.memory.row(),
         }
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Mean length of completions where it is known, and how many devices share the weights."""
+    """Mean length of completions where it is known, how many devices share the weights, and the memory of each where it is known."""
 
     mean_tokens: float | None = None
     devices: int = 1
+    device_memory: float | None = None
 
 
 def total_seconds(nodes: Iterable[Estimate], device: Device, count: int = 1) -> float:
@@ -169,7 +176,6 @@ class Estimator:
                 flops = stage_flops + flops + measured
             read, decoding_flops = self.decoding(shape, generated, stage_completion)
             decoded = read + decoded[0], decoding_flops + decoded[1]
-        persistent = self.persistent_bytes(node)
         return Estimate(
             name=self.plan.names[node],
             labels=labels,
@@ -177,8 +183,8 @@ class Estimator:
             tokens_sampled=sampled,
             tokens_teacher_scored=scored,
             flops=flops,
-            bytes=persistent,
-            peak=persistent / self.assumptions.devices + self.working_bytes(node),
+            bytes=self.persistent_bytes(node),
+            memory=self.device_memory(node),
             decoded=decoded,
             measured=measured,
             condition_share=condition_share,
@@ -296,9 +302,13 @@ class Estimator:
 
     def persistent_bytes(self, node: Node) -> float:
         """What a node holds from its start to its end, all devices together."""
+        return self.held(node).total
+
+    def held(self, node: Node) -> Held:
+        """What a node holds from its start to its end, all devices together, by part."""
         shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
         if node.kind != "train" or stage is None:
-            return persistent_bytes(None, 0, False, [shape], width)
+            return held_bytes(None, 0, False, [shape], width)
         objective, (adapter, _), lora = objective_of(stage), self.adapter_size(node), node.lora(self.inputs.recipe)
         queried = set(scorers(node))
         teacher = supervisor(node)
@@ -307,22 +317,71 @@ class Estimator:
         if "reference" in objective.signals:
             queried.add(node.start)
         frozen = [self.shape(source) for source in queried if source != node.start or not adapter]
-        return persistent_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
+        return held_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
 
-    def working_bytes(self, node: Node) -> float:
-        """The larger of a microbatch's activations and the decoder's KV cache, which a node holds in turn."""
+    def device_memory(self, node: Node) -> DeviceMemory:
+        """What a node holds on each device, by part. Weights and optimizer state are divided evenly over the devices (FSDP2)."""
+        parts, count, compute = self.held(node), self.assumptions.devices, self.inputs.recipe.compute
+        trains = node.kind == "train" and node.settings is not None
+        ahead = bool(compute.overlap) and node.settings is not None and node.settings.on_policy and trains
+        sampler, kv_cache = self.sampler_bytes(node, ahead)
+        return DeviceMemory(
+            weights=parts.weights / count,
+            optimizer=parts.optimizer / count,
+            frozen=(parts.frozen - parts.heads) / count + parts.heads if count > 1 else parts.frozen,
+            sampler=sampler,
+            kv_cache=kv_cache,
+            gathered=gathered_bytes(self.shape(node.start), self.trained_width(node)) if trains and count > 1 else 0.0,
+            activations=self.activation_bytes(node),
+            both=ahead or (trains and compute.sampler == "vllm" and not compute.vllm.sleep),
+        )
+
+    def trained_width(self, node: Node) -> int:
+        """Bytes of a weight of the model that a node trains: float32, or under an adapter the compute dtype."""
+        return self.bytes_per_value if node.kind != "train" or node.lora(self.inputs.recipe) else 4
+
+    def sampler_bytes(self, node: Node, ahead: bool) -> tuple[float, float]:
+        """(what the sampler holds on a device besides the node's own weights, KV cache that is not part of that).
+
+        The embedded sampler of several devices gathers all weights on each. vLLM takes its share of the device; where no device is
+        named, its own weights and a cache for the same sequences.
+        """
+        compute, shape, kv_cache = self.inputs.recipe.compute, self.shape(node.start), self.kv_cache_bytes(node)
+        whole = float(shape.parameters * self.bytes_per_value)
+        if compute.sampler == "vllm":
+            engine = whole / compute.vllm.tensor_parallel_size + kv_cache
+            memory = self.assumptions.device_memory
+            share = engine if memory is None else compute.vllm.memory * memory
+            return share + (whole if ahead else 0.0), 0.0
+        if ahead:
+            return whole, kv_cache
+        if self.assumptions.devices == 1:
+            return 0.0, kv_cache
+        return whole_copy_bytes(shape, self.bytes_per_value, self.trained_width(node) > self.bytes_per_value), kv_cache
+
+    def completion_and_prompt(self, node: Node) -> float:
+        """Tokens of a node's longest sequence, or its mean one."""
+        sampling = self.inputs.recipe.evaluate.sampling if node.settings is None else node.settings.sampling
+        return self.prompt + self.completion_tokens(sampling)
+
+    def kv_cache_bytes(self, node: Node) -> float:
+        """The decoder's KV cache for the rows that a device decodes at once: its share of a step's."""
         recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
-        sampling = recipe.evaluate.sampling if stage is None else stage.sampling
-        length = self.prompt + self.completion_tokens(sampling)
         if stage is None:
             rows = len(next(iter(self.inputs.evals.values()))[0]) * recipe.evaluate.samples
         else:
             rows = stage.batch_size
-        kv_cache = min(rows, recipe.compute.sample_batch) * length * shape.kv_cache_numbers * self.bytes_per_value
+        length = self.completion_and_prompt(node)
+        rows = -(-rows // self.assumptions.devices)
+        return min(rows, recipe.compute.sample_batch) * length * shape.kv_cache_numbers * self.bytes_per_value
+
+    def activation_bytes(self, node: Node) -> float:
+        """A microbatch's activations; 0 for a node that does not train."""
+        recipe, stage, length = self.inputs.recipe, node.settings, self.completion_and_prompt(node)
         if node.kind != "train" or stage is None:
-            return kv_cache
+            return 0.0
         tokens = max(min(float(recipe.compute.microbatch_tokens), stage.batch_size * length), length)
         logits = 2 if objective_of(stage).divergence is not None else 1
         cuda = recipe.compute.device != "cpu" and self.inputs.device.type == "cuda"
         recompute = recipe.models.gradient_checkpointing
-        return max(pass_bytes(shape, tokens, self.bytes_per_value, recompute, cuda, logits), kv_cache)
+        return pass_bytes(self.shape(node.start), tokens, self.bytes_per_value, recompute, cuda, logits)

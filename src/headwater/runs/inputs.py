@@ -190,8 +190,7 @@ class RunInputs:
     def labels(self) -> Labels:
         """The gold answers that the budget bought, and no others."""
         gold, ids = self.labeled.gold, self.pools.all
-        without = sum(id_ not in gold for id_ in ids)
-        if without:
+        if without := sum(id_ not in gold for id_ in ids):
             raise UserError(f"data.labeled: {without} of the {len(ids)} problems that the budget buys have no answer")
         return Labels({id_: gold[id_] for id_ in ids}, self.grader if ids else _no_labels, len(ids))
 
@@ -234,8 +233,10 @@ class RunInputs:
         return ids
 
     def prompts(self, pool: Pool, settings: Stage) -> tuple[str, ...]:
-        """Problem ids that a stage samples from: its labelled pool and, where no label is needed, the unlabelled ones."""
-        return self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
+        """Ids of a stage's prompts: its labelled pool and, where it needs no label, `data.unlabeled` and what `prompts: every` adds."""
+        own = self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
+        every = self.labeled.problems if settings.prompts == "every" else []
+        return tuple(dict.fromkeys((*own, *(problem.id for problem in every))))
 
     def steps(self, pool: Pool, settings: Stage) -> int:
         """Steps of a stage. Epochs on a half count over the smaller half, so that stage 3 and its matched replay are equally long."""
@@ -252,8 +253,7 @@ class RunInputs:
     def with_grader(self, wrap: Callable[[Grade], Grade]) -> RunInputs:
         """The same inputs, whose completions are graded by `wrap(grader)`: for ranks that share the grading."""
         evals = {name: (problems, labels.graded_by(wrap)) for name, (problems, labels) in self.evals.items()}
-        validation = self.validation
-        if validation is not None:
+        if (validation := self.validation) is not None:
             validation = validation[0], validation[1].graded_by(wrap)
         wrapped = {"labels": self.labels.graded_by(wrap), "evals": evals, "validation": validation}
         return replace(self, memo={**self.memo, **{(name,): value for name, value in wrapped.items()}})
@@ -384,6 +384,7 @@ class RunInputs:
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
+            "every_prompt": [problem.id for problem in self.labeled.problems],
             "contexts": contexts.fingerprint(self.contexts),
             "validation": None if validation is None else _graded(*validation),
             "evals": {name: _graded(*held_out) for name, held_out in self.evals.items()},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from headwater.config.stage import Stage
@@ -16,11 +15,11 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
-from headwater.models.prompts import Prompter, with_context
+from headwater.models.prompts import Prompter
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
+from headwater.runs.own_words import in_own_words
 from headwater.runs.plan import Node, Plan, Role, base_of, reads_contexts
-from headwater.runs.tokenizers import token_pair
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
 from headwater.storage.ledger import Purpose, Spend
@@ -32,7 +31,7 @@ from headwater.teachers.build import (
     offload_if_configured,
     sampler_for,
 )
-from headwater.teachers.translated import Supervisor, TranslatedTeacher, form_of
+from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training.evaluate import evaluate
 from headwater.types import Problem
 
@@ -90,27 +89,7 @@ class NodeContext:
     def in_own_words(self, model: Teacher, role: Role, node: Node) -> Supervisor:
         """A model of this role that supervises a node's stage, behind the prompts and token ids that it reads there."""
         assert node.settings is not None
-        inputs = self.inputs
-        own_prompt = inputs.recipe.prompt.teacher is not None and node.learner == "student"
-        if not (own_prompt or node.aligns_tokenizers):
-            return model
-        pair = token_pair(inputs, node.learner, role) if node.aligns_tokenizers else None
-        prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
-        contexts = inputs.contexts if node.learner == "student" else {}
-
-        def prompt_ids(name: str) -> tuple[int, ...]:
-            return with_context(prompter, inputs.recipe.prompt, contexts.get(name)).ids(problems[name])
-
-        width = int(inputs.config(node.learner).get_text_config().vocab_size)
-        return TranslatedTeacher(
-            model=model,
-            prompt_ids=cache(prompt_ids),
-            pair=pair,
-            form=form_of(node.settings.dense),
-            tokenizer=inputs.tokenizer(node.learner),
-            vocabulary=model.vocabulary if pair is None else width,
-            make_sampler=inputs.sampler,
-        )
+        return in_own_words(model, (node.learner, role), node.settings.dense, self.inputs)
 
     def labels_shown(self, node: Node) -> frozenset[str]:
         """Problems whose gold answer the teacher of a node's rollouts reads in its context."""
@@ -137,6 +116,13 @@ class NodeContext:
         reference = self.load(node.start, frozen=node.settings.dense.start_update is None)
         reference.model.requires_grad_(False).eval()
         return reference
+
+    def sampling_copy(self, node: Node) -> Policy:
+        """A frozen model for the policy's weights, whole on every rank, which samples while the policy trains."""
+        copy = replace(self, ranks=SINGLE_PROCESS).load(node.start, frozen=True)
+        for parameter in copy.model.parameters():
+            parameter.data = parameter.data.clone()  # as the trained weights: not mapped from a file
+        return copy
 
     def steps(self, node: Node) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from headwater.config.arm import Arm, Pool, Step
 from headwater.config.arms import arm_of, stage_of
 from headwater.config.dense import TeacherWeights
-from headwater.config.recipe import Lora, Recipe, canonical_json
+from headwater.config.lora import Lora
+from headwater.config.recipe import Recipe, canonical_json
 from headwater.config.samplers import SAMPLERS
 from headwater.config.stage import Stage
 from headwater.errors import UserError
@@ -69,9 +70,11 @@ class Node:
         return self if self.kind == "train" else self.start
 
     def lora(self, recipe: Recipe) -> Lora | None:
-        """The LoRA settings of this node; None where it trains all weights, or none."""
-        lora = recipe.models.lora
-        return lora if lora is not None and self.kind == "train" and self.role in lora.roles else None
+        """The LoRA settings of this node, its stage's own or its role's; None where it trains all weights, or none."""
+        if self.kind != "train" or self.settings is None:
+            return None
+        lora = self.settings.lora or recipe.models.lora
+        return lora if lora is not None and self.role in lora.roles else None
 
     def matched_steps(self, steps: int, flops: Callable[[Node], float]) -> int:
         """`steps`; with `compute`, as many as the FLOPs of the matched arm pay for, if it takes any step."""
@@ -317,6 +320,8 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
     if node.pool not in (None, "all"):  # a stage on a half counts its epochs over the smaller half
         fields["halves"] = [len(content["pools"][half]) for half in ("first_half", "second_half")]
     # Fields that came later are absent where they do not apply, so that earlier fingerprints stay valid.
+    if stage and stage.prompts == "every":
+        fields["every_prompt"] = content["every_prompt"]
     if node.compute is not None:
         fields["compute"] = [of(source) for source in node.compute]
     if node.kind == "train" and stage and stage.until and stage.until.metric == "validation":
@@ -329,6 +334,8 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
         if SAMPLERS[recipe.compute.sampler].of_user:
             fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
+    if recipe.compute.overlap and node.kind == "train" and stage and stage.on_policy:
+        fields |= {"overlap": recipe.compute.overlap, "importance_cap": recipe.compute.vllm.importance_cap}
     if node.kind == "train" and stage and stage.spec.loss is not None:
         fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
     if (

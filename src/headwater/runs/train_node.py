@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 from headwater.config.stage import Stage
-from headwater.errors import StopRequested, TrainingStoppedError
+from headwater.errors import StopRequested, TrainingStoppedError, UserError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective, objective_of
 from headwater.models.oom import BatchBudget
@@ -17,9 +18,10 @@ from headwater.models.prompts import Prompter
 from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals, start_final_evaluation
-from headwater.runs.node_context import LoadTeacher, NodeContext
+from headwater.runs.node_context import LoadTeacher, NodeContext, after_step
 from headwater.runs.plan import Node, base_of, scorers
 from headwater.runs.stage_measurements import StageMeasurements
+from headwater.sampling.ahead import AheadSampler
 from headwater.sampling.build import importance_cap
 from headwater.storage import fault_points
 from headwater.storage.files import Logs
@@ -47,7 +49,8 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     stage, folder = node.settings, context.node_dir(node)
     policy = context.trainee(node)
     steps = context.steps(node)
-    step = train_stage(node, context, policy, steps)
+    with sampling_ahead(node, context, policy, steps) as ahead:
+        step = train_stage(node, context, policy, steps, ahead)
     fault_points.failpoint("stage.ended")
     if node.role == "teacher":
         outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
@@ -67,7 +70,24 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     return {"ended": {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}}
 
 
-def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) -> int:
+@contextlib.contextmanager
+def sampling_ahead(node: Node, context: NodeContext, policy: Policy, steps: int) -> Iterator[AheadSampler | None]:
+    """The stage's sampler of the next step's rollouts; None without `compute.overlap`, and for a stage that samples nothing."""
+    assert node.settings is not None
+    if not (context.inputs.recipe.compute.overlap and node.settings.on_policy):
+        yield None
+        return
+    sampler = context.inputs.recipe.compute.sampler
+    if sampler != "torch" and not policy.ranks.single_process:
+        raise UserError(f"compute.overlap: with compute.sampler {sampler} it runs in one process; leave torchrun out")
+    ahead = AheadSampler(policy, context.sampling_copy(node), context.inputs.sampler, context.sampler(policy), steps)
+    try:
+        yield ahead
+    finally:
+        ahead.close()
+
+
+def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ahead: AheadSampler | None = None) -> int:
     """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
 
     Each step is recorded in the order metrics, ledger, rollouts, condition C2, evaluation, checkpoint: exact resume depends on it.
@@ -87,10 +107,11 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
         if stage.dense.start_update is None or reference is None
         else MovingCopy(reference.model, stage.dense.start_update)
     )
-    source = rollout_source(node, context, policy, objective, reference, load_teacher)
+    source = rollout_source(node, context, policy, objective, reference, load_teacher, ahead)
     measurements = StageMeasurements(node, context, policy, load_teacher)
     optimizer = make_optimizer(policy, stage.optim)
-    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks, copy)
+    parts = [part for part in (copy, ahead) if part is not None]
+    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks, parts)
     fault_points.failpoint("stage.loaded")
     folder.cut_back_to(done if done else -1)
     prune(folder)  # a process killed right after its last checkpoint has not pruned
@@ -119,10 +140,16 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
             fault_points.failpoint("step.evaluated")
         return last
 
+    def checkpoint(step: int) -> None:
+        if ahead is not None and step < steps:
+            with after_step(step):
+                ahead.wait()
+        save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks, parts)
+
     marks = logs.marks()
     ended = measure(done)
     if done and logs.marks() != marks:  # an interrupt had left it out: the checkpoint refers to it as any other does
-        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks, copy)
+        checkpoint(done)
     if ended and done:
         return done
     for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
@@ -155,7 +182,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
         fault_points.failpoint("step.ended")
         stop = stop or progress.should_stop()
         if last or stop or why or (stage.checkpoint_every and step % stage.checkpoint_every == 0):
-            save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks, copy)
+            checkpoint(step)
         if why:
             raise TrainingStoppedError(f"step {step} of {steps}: {why}")
         if last:
@@ -172,16 +199,18 @@ def rollout_source(
     objective: Objective,
     reference: Policy | None,
     load_teacher: LoadTeacher,
+    ahead: AheadSampler | None = None,
 ) -> Source:
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
     assert node.settings is not None and node.pool is not None
     stage, inputs = node.settings, context.inputs
+    tags = {problem.id: problem.tag for problem in inputs.all_problems} if stage.dense.normalize == "tags" else {}
     if objective.source == "teacher":
         assert node.cache is not None
         folder = context.node_dir(node.cache)
         folder.refuse_damage(f"{folder.cache.name}/")
         prompts = inputs.prompts(node.pool, stage)
-        return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
+        return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks, tags)
     start = None if reference is None else context.in_own_words(reference, base_of(node.start), node)
     teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
     prompter = context.prompter(node, policy)
@@ -202,7 +231,7 @@ def rollout_source(
         draw=(node.stage, node.seed),
         objective=objective,
         prompts={name: prompter.ids(inputs.problems[name]) for name in prompts},
-        sampler=context.sampler(policy),
+        sampler=context.sampler(policy) if ahead is None else ahead,
         prompter=prompter,
         labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
         teacher=teacher,
@@ -210,6 +239,7 @@ def rollout_source(
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
         labels_shown=context.labels_shown(node),
+        tags=tags,
     )
 
 

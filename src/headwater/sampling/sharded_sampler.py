@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from headwater.config.stage import Sampling
 from headwater.distributed.process_group import ProcessGroup
@@ -35,8 +36,19 @@ class ShardedSampler:
         return rollouts
 
 
+def sharded(make_sampler: SamplerFactory) -> SamplerFactory:
+    """A factory whose samplers also take policies that are sharded over ranks, which all call them together."""
+
+    def make(policy: Policy) -> Sampler:
+        if policy.ranks.single_process:
+            return make_sampler(policy)
+        return ShardedSampler(policy.ranks, partial(unsharded_sampler, policy, make_sampler))
+
+    return make
+
+
 @contextlib.contextmanager
 def unsharded_sampler(policy: Policy, make_sampler: SamplerFactory) -> Iterator[Sampler]:
-    """This rank's sampler, on the policy's gathered weights."""
-    with unsharded(policy) as gathered:
+    """This rank's sampler, on the policy's gathered weights: matrices in the compute type, in which they are multiplied."""
+    with unsharded(policy, linear_dtype=policy.compute_dtype) as gathered:
         yield make_sampler(gathered)

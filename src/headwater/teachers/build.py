@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
-from headwater.sampling.sharded_sampler import ShardedSampler, unsharded_sampler
+from headwater.sampling.sharded_sampler import ShardedSampler
 from headwater.teachers import server_client
 from headwater.teachers.scoring import distributions_of
 from headwater.teachers.served_teacher import ServedTeacher
@@ -178,11 +177,11 @@ Teacher = SingleTeacher | TaggedTeachers
 
 
 def sampler_for(model: Teacher, make_sampler: SamplerFactory) -> Sampler:
-    """A model's sampler: itself if it is not a policy, else the recipe's; requests are sharded over the model's ranks."""
-    if model.ranks.single_process or isinstance(model, TaggedTeachers):  # tagged teachers are sharded one by one
-        return make_sampler(model) if isinstance(model, Policy) else model
+    """A model's sampler: the recipe's for a policy, else the model itself; requests are sharded over the model's ranks."""
     if isinstance(model, Policy):
-        return ShardedSampler(model.ranks, partial(unsharded_sampler, model, make_sampler))
+        return make_sampler(model)
+    if model.ranks.single_process or isinstance(model, TaggedTeachers):  # tagged teachers are sharded one by one
+        return model
     local: Sampler = model
     return ShardedSampler(model.ranks, lambda: contextlib.nullcontext(local))
 

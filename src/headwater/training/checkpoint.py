@@ -7,9 +7,9 @@ rate follows from the step.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file, save_model
@@ -21,10 +21,16 @@ from headwater.errors import UserError
 from headwater.storage import fault_points
 from headwater.storage.files import ASIDE, Logs, file_sums, first_damaged
 from headwater.storage.run_dir import NodeDir, atomic_folder, read_json, write_json
-from headwater.training.moving_copy import MovingCopy
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest may turn out to be damaged."""
+
+
+class CheckpointPart(Protocol):
+    """State of a stage besides weights and optimizer, which writes its own file. Only the first rank saves; every rank loads."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 def save_checkpoint(
@@ -34,7 +40,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     logs: Logs | None = None,
     ranks: ProcessGroup = SINGLE_PROCESS,
-    copy: MovingCopy | None = None,
+    parts: Sequence[CheckpointPart] = (),
 ) -> None:
     """Write a checkpoint after `step` finished steps, then delete all but the last two.
 
@@ -51,11 +57,11 @@ def save_checkpoint(
     with atomic_folder(node.checkpoint(step)) as folder:
         if ranks.single_process:
             write_single_process(folder, model, optimizer)
-            if copy is not None:
-                copy.save(folder)
         else:
             ranks.broadcast(str(folder.resolve()))
             checkpoint_io.save(folder, model, optimizer, ranks)
+        for part in parts:
+            part.save(folder)
         fault_points.failpoint("checkpoint.optimizer")
         marks, groups = (logs or Logs(node.logs)).marks(), optimizer.state_dict()["param_groups"]
         write_json(folder / "state.json", {"step": step, "param_groups": groups, "logs": marks})
@@ -107,7 +113,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None] = lambda line: None,
     ranks: ProcessGroup = SINGLE_PROCESS,
-    copy: MovingCopy | None = None,
+    parts: Sequence[CheckpointPart] = (),
 ) -> int:
     """Load the newest intact checkpoint into model and optimizer; return its number of finished steps, 0 without one.
 
@@ -120,8 +126,8 @@ def load_checkpoint(
     folder = Path(chosen)
     state = read_json(folder / "state.json")
     checkpoint_io.load(folder, state, model, optimizer, ranks)
-    if copy is not None:
-        copy.load(folder)
+    for part in parts:
+        part.load(folder)
     return int(state["step"])
 
 

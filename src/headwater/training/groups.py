@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,11 @@ def with_rewards(
         replace(row, verdict=verdict, advantage=advantage, zero_gradient=skip_zero_advantage and advantage == 0.0)
         for row, verdict, advantage in zip(rows, verdicts, advantages, strict=True)
     ]
+
+
+def with_tags(rows: Sequence[Row], tags: Mapping[str, str]) -> list[Row]:
+    """Add the tag of each row's problem, by problem id; an empty mapping adds none."""
+    return [replace(row, tag=tags[row.rollout.problem_id]) for row in rows] if tags else list(rows)
 
 
 def groups_of(rows: Sequence[Row], group_size: int) -> list[Sequence[Row]]:

@@ -6,10 +6,12 @@ read the ledger and the rollouts. docs/checks.md says why each exists and what t
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from headwater.config.dense import Dense
 from headwater.config.guards import GUARDS, Guard, Guards
@@ -17,6 +19,9 @@ from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.tasks.outcomes import Outcomes
 
 Row = Mapping[str, Any]
+
+JUMP_FLOOR = 0.05
+"""Nats per token that a KL may move by from one window to the next in a run whose steps are alike."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +42,37 @@ class StageOutcomes:
         return Outcomes.of(row for path in paths for row in read_jsonl(path))
 
 
+class Series(Protocol):
+    """One metric over the steps so far."""
+
+    def add(self, value: float) -> float | None:
+        """The figure compared with the bound after this step; None until the window is full."""
+        ...
+
+
 @dataclass(frozen=True)
 class Measure:
     """What a guard computes and how it reports it.
 
     metrics      columns of metrics.jsonl; the worst of several counts
-    figure       (mean over the window, mean over the stage's first window, lowest mean so far) -> value compared with the bound
+    series       window in steps -> the figure of a metric, step by step
     below        whether a value at or below the bound sounds the alarm, rather than one above it
     description  the alarm in words; {figure} is replaced by the value, {percent} by it in percent
     remedy       what to do about it, in a few words; {stage} is replaced by the stage's field
     windows      number of full windows that it compares; a stage must be long enough for them
     unless       a column whose presence disables the guard
+    requires     a column without which a row is not looked at
     explained    whether the outcomes of the completions say why it fires, and give the remedy
     """
 
     metrics: tuple[str, ...]
-    figure: Callable[[float, float, float], float]
+    series: Callable[[int], Series]
     below: bool
     description: str
     remedy: str
     windows: int = 1
     unless: str | None = None
+    requires: str | None = None
     explained: bool = False
 
     def window(self, window: int, steps: int) -> int:
@@ -68,14 +83,61 @@ class Measure:
         return min(window, max(self.windows, steps // self.windows))
 
 
-def _mean(mean: float, first: float, lowest: float) -> float:
-    return mean
+class WindowMean:
+    """A figure of running means over full windows.
+
+    figure  (mean over the last window, over the stage's first, the lowest mean so far) -> value
+    """
+
+    def __init__(self, window: int, figure: Callable[[float, float, float], float]) -> None:
+        self.values: deque[float] = deque(maxlen=window)
+        self.figure = figure
+        self.first = self.lowest = float("nan")
+
+    def add(self, value: float) -> float | None:
+        self.values.append(value)
+        if len(self.values) < (self.values.maxlen or 1):
+            return None
+        mean = sum(self.values) / len(self.values)
+        if self.first != self.first:
+            self.first = self.lowest = mean
+        self.lowest = min(self.lowest, mean)
+        return self.figure(mean, self.first, self.lowest)
+
+
+class Jump:
+    """|median of the last window − median of the window before| / (median absolute deviation of the window before + JUMP_FLOOR).
+
+    Medians, because a single odd completion moves the mean of a step.
+
+    Example: windows of three steps 0.1, 0.2, 0.3 and 1.2, 1.2, 9: 1.0 / (0.1 + 0.05) = 6.7.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.values: deque[float] = deque(maxlen=2 * window)
+
+    def add(self, value: float) -> float | None:
+        self.values.append(value)
+        if len(self.values) < (self.values.maxlen or 2):
+            return None
+        window = len(self.values) // 2
+        before, now = list(self.values)[:window], list(self.values)[window:]
+        center = statistics.median(before)
+        spread = statistics.median(abs(earlier - center) for earlier in before)
+        return abs(statistics.median(now) - center) / (spread + JUMP_FLOOR)
+
+
+def _windows(figure: Callable[[float, float, float], float]) -> Callable[[int], Series]:
+    return partial(WindowMean, figure=figure)
+
+
+_MEAN = _windows(lambda mean, first, lowest: mean)
 
 
 MEASURES: dict[str, Measure] = {
     "kl_explosion": Measure(
         ("kl_reference", "kl_student_teacher", "kl_teacher_student"),
-        lambda mean, first, lowest: mean - lowest,
+        _windows(lambda mean, first, lowest: mean - lowest),
         below=False,
         description="the KL has risen by {figure:.3g} nats per token over its lowest",
         remedy="lower {stage}.optim.lr, or in a stage with rewards raise sparse.kl_coef",
@@ -83,7 +145,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "entropy_collapse": Measure(
         ("entropy",),
-        lambda mean, first, lowest: mean / first if first > 0.0 else 1.0,
+        _windows(lambda mean, first, lowest: mean / first if first > 0.0 else 1.0),
         below=True,
         description="the entropy is {figure:.3g} of its value at the start of the stage",
         remedy="lower {stage}.optim.lr, raise sparse.clip_high or sparse.kl_coef, or end the stage earlier",
@@ -92,14 +154,14 @@ MEASURES: dict[str, Measure] = {
     ),
     "truncation": Measure(
         ("truncated",),
-        _mean,
+        _MEAN,
         below=False,
         description="{percent:.0f} % of the completions reached the token limit",
         remedy="raise {stage}.sampling.max_tokens",
     ),
     "no_variance": Measure(
         ("informative",),
-        _mean,
+        _MEAN,
         below=True,
         description="{percent:.0f} % of the groups have rewards that differ",
         remedy="end the stage earlier, use harder or easier problems, or raise {stage}.group_size",
@@ -107,10 +169,26 @@ MEASURES: dict[str, Measure] = {
     ),
     "sampler_gap": Measure(
         ("sampler_gap",),
-        _mean,
+        _MEAN,
         below=False,
         description="sampler and trainer differ by {figure:.3g} nats per token",
-        remedy="run `headwater doctor`, or set models.dtype to float32",
+        remedy="run `headwater doctor`, or set models.dtype to float32; with compute.overlap, lower {stage}.optim.lr",
+    ),
+    "teacher_uniform": Measure(
+        ("teacher_contrast",),
+        _MEAN,
+        below=True,
+        description="the teacher gives every token about the probability 1/V: its log-probs differ by {figure:.1%} from −ln V",
+        remedy="check the weights that teacher or server loaded",
+    ),
+    "teacher_jump": Measure(
+        ("kl_student_teacher",),
+        Jump,
+        below=False,
+        description="the KL to the teacher moved by {figure:.3g} times its spread over the steps before",
+        remedy="check that teacher or server still has the weights that it began with",
+        windows=2,
+        requires="sampler_gap",  # cached rollouts are scored once, before the stage
     ),
 }
 assert MEASURES.keys() == GUARDS.keys()
@@ -144,43 +222,21 @@ class Alarm:
         return f"{self.guard}: {description} ({window}; bound {self.bound:g}){cause}: {remedy}"
 
 
-class _Window:
-    """Running mean of one metric over full windows, with the first and the lowest mean."""
-
-    def __init__(self, size: int) -> None:
-        self.values: deque[float] = deque(maxlen=size)
-        self.first = self.lowest = float("nan")
-
-    def add(self, value: float) -> float | None:
-        """Mean of the window that ends with `value`; None until the window is full."""
-        self.values.append(value)
-        if len(self.values) < (self.values.maxlen or 1):
-            return None
-        mean = sum(self.values) / len(self.values)
-        if self.first != self.first:
-            self.first = self.lowest = mean
-        self.lowest = min(self.lowest, mean)
-        return mean
-
-
 class _GuardState:
     """One guard and its windows over a stage of `steps` steps so far."""
 
     def __init__(self, name: str, guard: Guard, steps: int) -> None:
         self.name, self.guard, self.measure = name, guard, MEASURES[name]
         self.window = self.measure.window(guard.window, steps)
-        self.windows = {metric: _Window(self.window) for metric in self.measure.metrics}
+        self.series = {metric: self.measure.series(self.window) for metric in self.measure.metrics}
         self.active = False
 
     def add(self, row: Row) -> tuple[Alarm, bool] | None:
         """The alarm of this step, with whether it has just started. A row without the metric changes nothing."""
-        if self.measure.unless in row:
+        if self.measure.unless in row or (self.measure.requires is not None and self.measure.requires not in row):
             return None
-        figures = []
-        for metric, window in self.windows.items():
-            mean = window.add(float(row[metric])) if metric in row else None
-            if mean is not None:
-                figures.append(self.measure.figure(mean, window.first, window.lowest))
+        added = [series.add(float(row[metric])) for metric, series in self.series.items() if metric in row]
+        figures = [figure for figure in added if figure is not None]
         if not figures:
             return None
         figure = min(figures) if self.measure.below else max(figures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -21,7 +21,8 @@ from headwater.losses.objectives import Objective
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.sampling.base import OnFinished, Sampler, requests_for
+from headwater.sampling.ahead import AheadSampler
+from headwater.sampling.base import OnFinished, Request, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.scoring import distributions_of, logp_of
@@ -34,9 +35,11 @@ from headwater.training.groups import (
     replace_uninformative,
     truncated_share,
     with_rewards,
+    with_tags,
 )
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
+from headwater.training.teacher_contrast import contrast_metrics
 from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
@@ -53,6 +56,7 @@ class CachedRollouts:
 
     prompts  the problem ids of the pool. The cache may hold only those of its rollouts, `stage.group_size` for each prompt, that
              come first in the first epoch
+    tags     problem id -> tag, for a loss that is normalized by tag; else empty
     """
 
     def __init__(
@@ -62,8 +66,9 @@ class CachedRollouts:
         stage: Stage,
         seed: int,
         ranks: ProcessGroup = SINGLE_PROCESS,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in rows}
+        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags or {})}
         self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
         self._stage, self._seed, self._ranks = stage, seed, ranks
         self._epoch, self._order = -1, list[int]()
@@ -92,6 +97,7 @@ class PolicyRollouts:
     teacher    scores the rollouts; None for a sparse objective
     reference  the stage's initial weights, for an objective with a KL term to them
     budget     maximum tokens of a scoring pass; shrinks when memory runs out
+    sampler    samples completions; an `AheadSampler` is told the next step's requests
     parts      number of parts in which the teacher scores a step's rollouts, each while later ones are still being
                sampled (`AsyncScorer`); 1 scores everything after sampling
     """
@@ -110,9 +116,15 @@ class PolicyRollouts:
     parts: int = 1
     labels_shown: frozenset[str] = frozenset()
     """Problems whose gold answer the teacher reads in its prompt: scoring their rollouts uses a label."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Problem id -> tag, for a loss that is normalized by tag; else empty."""
 
     def __call__(self, step: int) -> StepBatch:
         sampled: list[Row] = []
+        if isinstance(self.sampler, AheadSampler):
+            following = step + 1
+            job = (self._requests(following), self.stage.sampling_at(following))
+            self.sampler.prepare(job if following < self.sampler.steps else None)
         try:
             with AsyncScorer(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as scorer:
                 kept, seconds = self._sample(step, sampled, scorer.submit if self.parts > 1 else None)
@@ -136,13 +148,15 @@ class PolicyRollouts:
             metrics["max_tokens"] = self.stage.sampling_at(step).max_tokens
         if isinstance(self.teacher, TranslatedTeacher) and self.teacher.pair is not None:
             metrics |= alignment_metrics(kept, self.policy.ranks)
+        if self.teacher is not None:
+            metrics |= contrast_metrics(kept, self.teacher.vocabulary, self.policy.ranks)
         if self.labels is not None:
             group_size = self.stage.group_size
             groups = len(sampled) // group_size
             metrics["reward"] = sum(row.verdict.correct for row in sampled if row.verdict) / len(sampled)
             metrics["informative"] = 1.0 - count_uninformative(sampled, group_size) / groups
             metrics["best_of_group"] = count_solved(sampled, group_size) / groups
-        return self._batch(kept, metrics, sampled, kept)
+        return self._batch(with_tags(kept, self.tags), metrics, sampled, kept)
 
     def _batch(
         self, rows: list[Row], metrics: Metrics, sampled: list[Row], scored: list[Row], stopped: str | None = None
@@ -170,14 +184,10 @@ class PolicyRollouts:
         """
         kept: list[Row] = []
         seconds = {"sample": 0.0, "grade": 0.0}
-        name, seed = self.draw
         for attempt in range(1 + self.stage.sparse.dynamic_sampling):
-            prompts = [(problem, self.prompts[problem]) for problem in self._problems(step, attempt)]
-            requests = requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
+            requests, sampling = self._requests(step, attempt), self.stage.sampling_at(step)
             try:
-                graded = sample_and_grade(
-                    self.sampler, requests, self.stage.sampling_at(step), self.labels, self.prompter, on_finished
-                )
+                graded = sample_and_grade(self.sampler, requests, sampling, self.labels, self.prompter, on_finished)
             except SamplingStoppedError as error:
                 sampled += [Row(*graded_row) for graded_row in zip(error.rollouts, error.verdicts, strict=True)]
                 raise
@@ -191,6 +201,12 @@ class PolicyRollouts:
             if self.labels is None or count_uninformative(kept, self.stage.group_size) == 0:
                 break
         return kept, seconds
+
+    def _requests(self, step: int, attempt: int = 0) -> list[Request]:
+        """The requests of a step, `stage.group_size` for each of its problems."""
+        name, seed = self.draw
+        prompts = [(problem, self.prompts[problem]) for problem in self._problems(step, attempt)]
+        return requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
 
     def _problems(self, step: int, attempt: int) -> list[str]:
         """Problem ids of a step; further attempts (dynamic sampling) have an order of their own."""

@@ -66,10 +66,16 @@ def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
     sequence  1 / (rows × the row's own tokens)
     constant  1 / (rows × max_tokens), so that length does not dilute a long wrong answer (Dr.GRPO, 2503.20783)
 
+    With `dense.normalize: tags` these are the weights within each tag, divided by the number of tags among the rows. `rows` are
+    those of all ranks, so the denominators are global.
+
     Inert rows count too: skipping their computation must not change the loss.
 
-    Example: rows of 1 and 3 tokens: token ¼ and ¼; sequence ½ and ⅙.
+    Example: rows of 1 and 3 tokens: token ¼ and ¼; sequence ½ and ⅙. If they have tags of their own: token ½ and ⅙.
     """
+    if stage.dense.normalize == "tags" and len(tags := {row.tag for row in rows}) > 1:
+        weights = {tag: iter(token_weights([row for row in rows if row.tag == tag], stage)) for tag in tags}
+        return [next(weights[row.tag]) / len(tags) for row in rows]
     if stage.loss_mean == "token":
         return [1.0 / sum(row.tokens for row in rows)] * len(rows)
     if stage.loss_mean == "sequence":
@@ -205,10 +211,11 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
             "kl_teacher_student": stats.kl_teacher_student_N,
         }
         if objective.source == "policy":
-            measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
+            gap_N = measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
             measured["ratio_off"] = ((logp_N - old_logp_N).exp() - 1.0).abs()
             if cap is not None:
                 measured["importance"] = token_losses.truncated_importance(old_logp_N, batch.sampler_logp_N, cap)
+                measured["token_mult_prob_error"] = gap_N.exp()
         if batch.reference_logp_N is not None:
             measured["kl_reference"] = token_losses.reference_kl(logp_N, batch.reference_logp_N)
         for name, value_N in measured.items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
@@ -16,6 +19,7 @@ from headwater.runs.setup import prepared
 from headwater.types import Verdict
 from runs import TINY, call, load_json, rows, sets, temporary, tiny
 from tiny import tiny_folder
+from tools.pretrain.pocket import make_tokenizer
 
 
 def probed(*options: str | Path, changes: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -104,6 +108,47 @@ def test_probe_of_equal_models_finds_no_divergence_and_no_lead() -> None:
     assert answer["finish"]["lead"] == 0.0
     assert (answer["advice"]["labels"]["where"], answer["advice"]["warmup"]["needed"]) == ("student", False)
     assert "student and teacher are the same weights" in answer["advice"]["teacher"]
+
+
+def renamed(folder: Path) -> str:
+    """The shipped teacher with the ids of its characters in reverse order."""
+    path = Path(str(files("headwater"))) / "pocket" / "qwen3-teacher"
+    shutil.copytree(path, folder)
+    old = make_tokenizer().get_vocab()
+    ids = sorted(id_ for token, id_ in old.items() if len(token) == 1)
+    new = dict(zip(ids, reversed(ids), strict=True))
+    state = json.loads((path / "tokenizer.json").read_text())
+    state["model"]["vocab"] = {token: new.get(id_, id_) for token, id_ in old.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    weights = load_file(path / "model.safetensors")
+    rows = [
+        new.get(id_, id_) for id_ in range(len(weights["model.embed_tokens.weight"]))
+    ]  # reversing is its own inverse
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
+        weights[name] = weights[name][rows]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"models.teacher={folder}"
+
+
+def test_probe_across_tokenizers_compares_groups(tmp_path: Path) -> None:
+    """A model and its copy with other ids: no divergence, although the two draw other samples."""
+    aligned = [f"stages.{stage}.dense.tokenizers=prefix" for stage in ("warmup", "opd")]
+    changes = ("models.student=pocket:qwen3-teacher", renamed(tmp_path / "renamed"), *aligned)
+    answer = probed("--problems", "8", changes=changes)
+    c2 = answer["conditions"]["C2"]
+    assert max(c2["kl_student_teacher"], c2["kl_teacher_student"]) < 1e-4 < 0.1 < c2["entropy_student"]
+    assert c2["overlap_student_prefixes"] > 0.99
+    assert answer["finish"]["student"]["mean"] > 0.0 and answer["finish"]["teacher"]["mean"] > 0.0
+    assert abs(answer["finish"]["kl"]) < 1e-4
+    assert min(model["pass_rate"]["mean"] for model in answer["models"].values()) > 0.05
+
+
+def test_probe_reads_words_of_teacher() -> None:
+    """The teacher's own prompt takes its skill at this task, and its divergence from itself shows it."""
+    same = "models.student=pocket:qwen3-teacher"
+    answer = probed("--problems", "8", changes=(same, 'prompt.teacher={template: "0+{problem}"}'))
+    assert answer["conditions"]["C2"]["kl_student_teacher"] > 1e-3
+    assert answer["models"]["teacher"]["pass_rate"] != answer["models"]["student"]["pass_rate"]
 
 
 def test_probe_of_untrained_models_advises_no_labels(

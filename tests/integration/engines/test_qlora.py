@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
 from headwater.models import adapter_files, lora

@@ -16,7 +16,8 @@ import torch
 from scipy.stats import chisquare
 
 from headwater.config.compute import Compute, Vllm
-from headwater.config.recipe import Lora, Models
+from headwater.config.lora import Lora
+from headwater.config.recipe import Models
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.models import lora
@@ -214,6 +215,15 @@ def test_saved_student_loads_in_vllm(pool: EnginePool, policy: Policy, tmp_path:
         saved
     ).loaded_policy = saved  # as if already loaded: the engine keeps the weights that it read from the files
     assert gap(policy, fresh.sampler(saved).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
+
+
+def test_engine_in_own_process_samples_with_current_weights(policy: Policy) -> None:
+    sampler = EnginePool(SETTINGS.model_copy(update={"overlap": 1}), max_tokens=160).sampler(policy)
+    assert gap(policy, sampler.sample(sample_requests(), Sampling(max_tokens=8))) < 1e-4
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert gap(policy, sampler.sample(sample_requests(), Sampling(max_tokens=8))) < 1e-4
 
 
 def test_engine_refuses_unsupported_model_shape() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from headwater.config.builtin import builtin_text, find_recipe
+from headwater.report.format import units
 from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import DEVICES
 from headwater.runs.setup import prepared
@@ -82,6 +84,25 @@ def dry_run(recipe: str, *options: str) -> list[dict[str, Any]]:
     return rows_
 
 
+def test_table_of_devices_page_equals_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/devices.md, "One, eight, sixteen GPUs": every cell."""
+    page = (Path(__file__).parents[3] / "docs" / "devices.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if re.match(r"\| \d+ \| paper-", line)]
+    assert len(lines) == 12
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        count, recipe, sampler, stage, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        node = next(
+            row
+            for row in dry_run(
+                recipe, "--arms", "direct_grpo,bridge", "--on", f"{count}xH100", "--set", f"compute.sampler={sampler}"
+            )
+            if row["node"].startswith(f"{stage}.")
+        )
+        parts = [*node["device_bytes"].values(), node["peak_bytes"]]
+        assert cells == [units(value, "B") if value else "" for value in parts], line
+
+
 @pytest.mark.parametrize(
     ("recipe", "device", "count"),
     [
@@ -98,9 +119,11 @@ def test_recipe_of_real_models_is_estimated_without_data_or_weights(
     recipe: str, device: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows_ = dry_run(
-        recipe, "--arms", "direct_grpo,bridge,bridge_rl,replay,teacher_2h,warmup_only", "--on", f"{count}x{device}"
-    )
+    sharded = ["--set", "compute.sampler=vllm", "--set", "compute.vllm.tensor_parallel_size=4"]
+    assert (recipe == "paper-llama-8b") == (" ".join(sharded) in builtin_text(recipe))
+    engine = sharded if recipe == "paper-llama-8b" else []
+    arms = "direct_grpo,bridge,bridge_rl,replay,teacher_2h,warmup_only"
+    rows_ = dry_run(recipe, "--arms", arms, "--on", f"{count}x{device}", *engine)
     by_stage: dict[str, list[dict[str, Any]]] = {}
     for row in rows_:
         by_stage.setdefault(row["node"].split(".")[0], []).append(row)

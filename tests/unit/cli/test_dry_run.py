@@ -13,11 +13,17 @@ from headwater.config.builtin import find_recipe
 from headwater.doctor.fit import device_here
 from headwater.runs.estimate import Estimate
 from headwater.runs.hardware import Device
+from headwater.runs.memory_estimate import DeviceMemory
+
+
+def activations(size: float) -> DeviceMemory:
+    return DeviceMemory(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, activations=size)
+
 
 HERE = Device(flops=1e9, memory=4e9, bandwidth=1e9, source="measured")
 NODES = [
-    Estimate("teacher_rl.s0.1a2b", 8, 10, 1000, 0, flops=0.4e9 * 90, bytes=1e9, peak=3e9),
-    Estimate("opd.s0.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, peak=5e9),
+    Estimate("teacher_rl.s0.1a2b", 8, 10, 1000, 0, flops=0.4e9 * 90, bytes=1e9, memory=activations(3e9)),
+    Estimate("opd.s0.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, memory=activations(5e9)),
 ]
 PLAIN = DryRunOptions(None, 1, None)
 
@@ -37,9 +43,18 @@ def test_table_gives_time_on_this_machine() -> None:
 
 def test_table_of_several_arms_names_them_within_hundred_columns() -> None:
     nodes = [
-        Estimate("teacher_rollouts.s10.1a2b", 8000, 1000, 999_000, 999_000, flops=999e12, bytes=999e9, peak=999e9),
-        Estimate("opd.s10.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, peak=5e9),
-        Estimate("base_student.s10.5e6f", 0, 0, 1000, 0, flops=1e9, bytes=3e9, peak=5e9),
+        Estimate(
+            "teacher_rollouts.s10.1a2b",
+            8000,
+            1000,
+            999_000,
+            999_000,
+            flops=999e12,
+            bytes=999e9,
+            memory=activations(999e9),
+        ),
+        Estimate("opd.s10.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, memory=activations(5e9)),
+        Estimate("base_student.s10.5e6f", 0, 0, 1000, 0, flops=1e9, bytes=3e9, memory=activations(5e9)),
     ]
     arms_of = {
         nodes[0].name: ["bridge", "exopd", "proximal", "first_tokens"],
@@ -73,8 +88,8 @@ def test_memory_advice_names_largest_node_and_unused_settings() -> None:
     )
     assert "gradient_checkpointing" not in weights  # 2 of the 5 GB are activations
     adapters = find_recipe("pocket", ["models.lora={r: 4, quantize: nf4}", "models.dtype=bfloat16"])
-    activations = [Estimate("opd.s0.3c4d", 0, 10, 0, 0, flops=1.0, bytes=1e9, peak=5e9)]
-    assert memory_advice(activations, adapters, HERE.memory, DryRunOptions("l40s", 1, None)) == (
+    large = [Estimate("opd.s0.3c4d", 0, 10, 0, 0, flops=1.0, bytes=1e9, memory=activations(5e9))]
+    assert memory_advice(large, adapters, HERE.memory, DryRunOptions("l40s", 1, None)) == (
         "memory: opd.s0 needs 5.00 GB and l40s has 4.00 GB: set models.gradient_checkpointing=true, lower compute.microbatch_tokens "
         f"(now {adapters.compute.microbatch_tokens}), compute.sample_batch (now {adapters.compute.sample_batch}), name a larger "
         "device or more of them with --on"

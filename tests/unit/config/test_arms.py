@@ -13,6 +13,7 @@ from headwater.config.arms import ARMS, CONTRASTS, DESCRIPTIONS, OWN_STAGES, arm
 from headwater.config.builtin import builtin_names, builtin_text, find_recipe
 from headwater.config.follow_up_arms import FOLLOW_UPS
 from headwater.config.recipe import Recipe, parse_recipe
+from headwater.config.stage import Stage
 from headwater.errors import UserError
 from runs import call
 
@@ -100,7 +101,8 @@ def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]
     assert [(s.stage, s.pool) for s in first.student] == [(s.stage, s.pool) for s in second.student]
     changed = {}
     for a, b in zip(first.student, second.student, strict=True):
-        before, after = (stage_of(recipe, planned).model_dump() for planned in (a, b))
+        unset = {name: field.default for name, field in Stage.model_fields.items()}
+        before, after = ({**unset, **stage_of(recipe, planned).model_dump()} for planned in (a, b))
         fields = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
         if fields:
             changed[a.stage] = fields
@@ -243,9 +245,52 @@ def test_controls_leave_out_settings_of_replaced_objective() -> None:
     assert (forward.divergence, forward.gain_over) == ("forward", None) and forward.token_weights is not None
 
 
+OTHER_STAGES = ("lora_warmup", "every_prompt", "short_rl", "bridge_plus")
+"""Follow-ups that change other stages than the last."""
+
+
+def test_lora_warmup_trains_adapter_for_twice_as_many_steps() -> None:
+    change = changed_in("lora_warmup", "bridge")
+    assert set(change) == {"warmup"} and set(change["warmup"]) == {"lora", "optim", "steps"}
+    stage = stage_of(recipe_with(), arm_of("lora_warmup", recipe_with()).student[0])
+    assert stage.lora is not None and (stage.lora.r, stage.steps) == (16, 160)
+    assert stage.optim.lr == pytest.approx(0.01)  # ten times the recipe's
+
+
+def test_bridge_plus_is_short_rl_and_every_prompt_together() -> None:
+    recipe = recipe_with()
+    prompts = {"prompts": ("pool", "every")}
+    assert changed_in("every_prompt", "bridge") == {"warmup": {**prompts, "group_size": (8, 1)}, "opd": prompts}
+    short, plus = arm_of("short_rl", recipe), arm_of("bridge_plus", recipe)
+    assert short.student == arm_of("bridge", recipe).student and short.teacher == plus.teacher
+    assert plus.student == arm_of("every_prompt", recipe).student
+    assert stage_of(recipe, plus.teacher[0]).epochs == 1.25  # a quarter of 5
+    in_steps = recipe_with("stages.teacher_rl.steps=3")
+    assert stage_of(in_steps, plus.teacher[0]).steps == 1
+    assert {arm.same_compute for arm in (short, plus)} == {("bridge", "bridge")}
+
+
+def test_recipe_improved_spends_as_bridge_plus_does() -> None:
+    pocket, improved = recipe_with(), find_recipe("improved", [])
+    plus = arm_of("bridge_plus", pocket)
+    for step in (*plus.teacher, *plus.student):
+        stage = stage_of(pocket, step)
+        ours = getattr(improved.stages, step.stage)
+        # At equal compute the arm takes as many OPD steps as the FLOPs pay for; the recipe names their number on seed 101.
+        assert ours == (stage.model_copy(update={"steps": 158}) if step.stage == "opd" else stage)
+    same = ("task", "data", "labels", "prompt", "evaluate", "conditions")
+    assert [getattr(improved, name) for name in same] == [getattr(pocket, name) for name in same]
+
+
+def test_every_prompt_leaves_grading_stages_alone() -> None:
+    recipe = recipe_with("stages.opd={objective: mixed, sparse_share: 0.5, steps: 3, group_size: 4, batch_size: 8}")
+    step = arm_of("every_prompt", recipe).student[-1]
+    assert stage_of(recipe, step) == recipe.stages.opd
+
+
 def test_follow_ups_change_one_stage_of_bridge_or_bridge_rl() -> None:
     recipe = recipe_with()
-    for name in FOLLOW_UPS:
+    for name in [name for name in FOLLOW_UPS if name.removesuffix("_compute") not in OTHER_STAGES]:
         base = "bridge_rl" if name == "rescue" else "bridge"
         follow_up, plain = arm_of(name, recipe), arm_of(base, recipe)
         assert follow_up.teacher == plain.teacher, name

@@ -226,6 +226,31 @@ def test_length_schedule_grows_to_max_tokens_by_hand() -> None:
     assert "length_schedule" not in stage_of("opd").model_dump()
 
 
+def test_every_prompt_needs_stage_without_labels() -> None:
+    assert stage_of("opd", prompts="every").prompts == "every" and "prompts" not in stage_of("opd").model_dump()
+    with pytest.raises(ValueError, match="every needs a stage without labels, and objective grpo grades"):
+        stage_of("grpo", prompts="every", group_size=8)
+    with pytest.raises(ValueError, match="every needs a stage without labels, and objective opd grades"):
+        stage_of("opd", prompts="every", group_size=8, dense={"token_weights": {"prompts": "pass_rate"}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": {"roles": ["student"]}}, "lora.roles: the adapter of a stage is of the role"),
+        ({"lora": {"output": "adapter"}}, "lora.output: the adapter of a stage is merged"),
+        (
+            {"lora": {"r": 4}, "dense": {"teacher_weights": {"start": 1}, "start_update": {"every": 2}}},
+            "dense.start_update: the start under an adapter cannot move",
+        ),
+    ],
+)
+def test_adapter_of_stage_refuses_settings_of_role(fields: dict[str, Any], message: str) -> None:
+    assert "lora" not in stage_of("opd").model_dump()
+    with pytest.raises(ValueError, match=message):
+        stage_of("opd", **fields)
+
+
 def test_steps_over_pool_by_hand() -> None:
     # 100 prompts × 8 rollouts × 2 epochs / 128 a step = 12.5, so 13.
     assert Stage(objective="grpo", epochs=2, batch_size=128).steps_over(100) == 13

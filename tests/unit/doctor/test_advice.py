@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from headwater.doctor import evidence
 from headwater.doctor.advice import (
     C1_SATURATED,
     CLOSE_MARGIN,
@@ -14,6 +16,7 @@ from headwater.doctor.advice import (
     MIN_INFORMATIVE,
     MIN_LEAD,
     arm_to_run,
+    follow_up_advice,
     label_advice,
     outcome_advice,
     student_rl_advice,
@@ -221,3 +224,31 @@ def test_saturated_teacher_no_better_than_its_student_is_not_distilled() -> None
     sated = replace(model(0.5, 0.9), c1=0.95)
     advice = label_advice(replace(measures, student=sated, teacher=sated))
     assert advice.where == "student" and "raw_teacher" not in advice.because
+
+
+GAIN = evidence.Evidence("bridge_plus", "bridge", 9.0, 8.0, 10.0, 5, "pocket", needs_prompts=True)
+SMALLER = evidence.Evidence("short_rl", "bridge", 3.0, 1.0, 5.0, 5, "pocket", needs_prompts=False)
+NO_GAIN = evidence.Evidence("opd2", "bridge", 20.0, -1.0, 41.0, 2, "pocket", needs_prompts=False)
+
+
+@pytest.mark.parametrize(("spare", "arm"), [(1744, "bridge_plus"), (0, "short_rl")])
+def test_follow_up_with_best_evidence_is_named(spare: int, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "MEASURED", (NO_GAIN, SMALLER, GAIN))
+    advice = follow_up_advice(replace(pair(student=0.30, teacher=0.95, passes=2.5), spare_prompts=spare))
+    assert advice is not None and advice.arm == arm
+    assert ("1,744 problems" in advice.because and "2.5 times" in advice.because) == bool(spare)
+    assert "over bridge at equal labels and FLOPs, on 5 seeds of pocket" in advice.because
+
+
+def test_no_follow_up_without_gain_or_with_labels_on_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "MEASURED", (NO_GAIN,))
+    assert follow_up_advice(pair(student=0.30, teacher=0.95)) is None
+    monkeypatch.setattr(evidence, "MEASURED", (SMALLER,))
+    assert follow_up_advice(pair(student=0.80, teacher=0.95)) is None  # the labels go to the student
+
+
+def test_evidence_agrees_with_results_page() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "results.md").read_text(encoding="utf-8").replace("−", "-")
+    for row in evidence.MEASURED:
+        line = f"| `{row.arm}` - `{row.over}` | {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}] |"
+        assert line in page

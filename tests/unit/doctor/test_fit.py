@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from headwater.config import yaml
 from headwater.config.fitted import SLOW_HOURS, DeviceFacts, duration
@@ -20,6 +22,7 @@ from headwater.doctor import fit
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.fit import FitRequest, fitted_recipe
 from headwater.doctor.signal_checks import early_stop
+from headwater.doctor.tokenizer_checks import alignment as checked_alignment
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.runs.estimate import estimates
@@ -28,6 +31,7 @@ from headwater.runs.plan import make_plan
 from headwater.types import problem_id
 from qwen import qwen_folder
 from runs import call
+from tools.pretrain.pocket import make_tokenizer
 
 STUDENT, TEACHER = "pocket:qwen3-student", "pocket:qwen3-teacher"
 
@@ -36,6 +40,12 @@ def sums(path: Path, count: int, first: int = 10, **more: Any) -> str:
     rows = [{"problem": f"{n:02d}+{n + 7:02d}", "answer": str(2 * n + 7), **more} for n in range(first, first + count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def teacher_with(folder: Path, tokenizer: Any) -> str:
+    shutil.copytree(ModelFolder.open(TEACHER, "").path, folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def written(**changes: Any) -> str:
@@ -235,12 +245,38 @@ def test_missing_gpu_is_refused_with_remedy(tmp_path: Path, monkeypatch: pytest.
         written(data=sums(tmp_path / "sums.jsonl", 40), device="cuda")
 
 
-def test_pair_with_two_tokenizers_is_refused_with_remedy(tmp_path: Path) -> None:
-    other = qwen_folder(tmp_path / "other")
+def test_pair_with_two_tokenizers_is_aligned(tmp_path: Path) -> None:
+    """The figures are those of the doctor, which then has no objection."""
+    teacher, data = teacher_with(tmp_path / "pairs", make_tokenizer("pairs")), sums(tmp_path / "sums.jsonl", 40)
+    text = written(data=data, task="sums", teacher=teacher)
+    recipe = parse_recipe(yaml.read(text, "text"), "text")
+    assert recipe.stages.require("warmup").dense.tokenizers == recipe.stages.require("opd").dense.tokenizers == "prefix"
+    assert "note     the tokenizers differ" in text and "; a pair is worth it from" not in text
+    with RunInputs(recipe) as inputs:
+        findings = list(checked_alignment(DoctorContext(inputs, ("bridge",), (0,), tmp_path / "out")))
+        assert [finding.name for finding in findings] == ["tokenizers-aligned"]
+    unwrapped = " ".join(line.strip().lstrip("# ") for line in text.splitlines())
+    (share,) = re.findall(r"[\d.]+% of the student's vocabulary is the teacher's too", findings[0].evidence)
+    assert re.search(r"100\.0% of the tokens of \d+ texts are aligned", unwrapped) and share in unwrapped
+    assert "tokenizers" not in written(data=data, task="sums")
+
+
+def test_limit_of_prompts_holds_for_longer_template_of_teacher(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("pairs")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "<|user|>" + 100 * "0+")
+    teacher, data = teacher_with(tmp_path / "pairs", tokenizer), sums(tmp_path / "sums.jsonl", 40)
+    assert recipe_of(data=data, task="sums", teacher=teacher).prompt.max_tokens >= 200
+    assert recipe_of(data=data, task="sums").prompt.max_tokens < 100
+
+
+def test_pair_without_common_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("%")
+    teacher = teacher_with(tmp_path / "none", tokenizer)
     with pytest.raises(
-        UserError, match=r"^--student and --teacher: their tokenizers give different ids .* student's family"
+        UserError, match=r"^--student and --teacher: their tokenizers give different ids .* name another teacher$"
     ):
-        written(data=sums(tmp_path / "sums.jsonl", 40), teacher=other)
+        written(data=sums(tmp_path / "sums.jsonl", 40), teacher=teacher)
 
 
 def test_pair_with_two_vocabulary_widths_is_refused(tmp_path: Path) -> None:

@@ -10,14 +10,19 @@ import pytest
 from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.doctor import probe
+from headwater.doctor.probe_samples import as_student_reads, first_part
 from headwater.doctor.readiness import informative_share
+from headwater.models.token_bytes import TokenBytes, TokenPair
 from headwater.runs.inputs import RunInputs
 from headwater.runs.progress import progress_display
 from headwater.runs.setup import prepared
+from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.ledger import Spend
+from headwater.teachers.translated import TranslatedTeacher
 from headwater.types import Verdict
 from runs import TINY
 from tiny import policy_of, rollout_of, tiny_model
+from tools.pretrain.pocket import make_tokenizer
 
 
 def test_informative_share_counts_sample_groups() -> None:
@@ -56,7 +61,7 @@ def test_continuations_start_in_first_quarter_of_correct_teacher_answer() -> Non
     task = probe.ProbeTask(
         RunInputs(recipe), [right.problem_id], 1, 0, labels, progress_display(quiet=True), spends.append
     )
-    continuations = probe.continue_right_answers(student, teacher, task)
+    continuations = probe.continue_right_answers((student, teacher), policies[1], teacher.rollouts, task)
     beginning = policies[0].tokenizer.decode([8, 9])
     assert continuations is not None and continuations.problems == 1
     assert len(seen) == 2 * probe.CONTINUATIONS and all(text.startswith(beginning) for text in seen)
@@ -67,6 +72,28 @@ def test_continuations_start_in_first_quarter_of_correct_teacher_answer() -> Non
         assert interval.mean == pytest.approx(sum(len(text) % 2 == 0 for text in part) / probe.CONTINUATIONS)
     assert [spend.checks for spend in spends] == [probe.CONTINUATIONS] * 2
     assert continuations.kl > 0.1  # two models of random weights on two right answers
+
+
+def test_first_part_of_answer_ends_with_token_of_both_models() -> None:
+    """Characters against pairs: `=` is the teacher's first token, and its next two are `12` and `34`."""
+    pairs = make_tokenizer("pairs")
+    pair = TokenPair(*(TokenBytes.of(tokenizer, (tokenizer.eos_token_id,)) for tokenizer in (make_tokenizer(), pairs)))
+    teacher = TranslatedTeacher(
+        policy_of(tiny_model()), lambda name: (1, 2), pair, "prefix", pair.student.tokenizer, 28, TorchSampler
+    )
+    ids = tuple(pairs("=1234;56", add_special_tokens=False)["input_ids"])
+    own = replace(rollout_of((1, 40, 2), ids, 0), finish="length")
+    (read,) = as_student_reads([own], teacher, lambda name: (1, 6, 2))
+    assert read.prompt_ids == (1, 6, 2) and read.teacher_ids == ids and len(read.completion_ids) == 8
+    for share, length, text in ((0.25, 1, "="), (0.5, 2, "=12"), (0.75, 4, "=1234;")):
+        parts = first_part(own, read, teacher, share)
+        assert parts["teacher"] == ids[:length]
+        assert {
+            tokens.tokenizer.decode(parts[role])
+            for role, tokens in (("student", pair.student), ("teacher", pair.teacher))
+        } == {text}
+    lost = pair.to_student(replace(own, completion_ids=(pairs.unk_token_id,)), (1, 6, 2))
+    assert set(first_part(own, replace(lost, teacher_ids=()), teacher, 0.5).values()) != {()}
 
 
 def test_readiness_counts_outcomes_of_its_samples() -> None:

@@ -169,6 +169,17 @@ def test_overlap_of_few_tokens_is_named_on_large_vocabulary(
     assert list(training_checks.overlap_width(alone)) == []
 
 
+def test_overlap_without_sampling_stage_is_refused(tmp_path: Path) -> None:
+    off_policy = ("stages.teacher_rl=null", "stages.opd=null", "stages.student_rl=null")
+    for overlap, changes, arm, names in (
+        (1, off_policy, "own_stages", ["overlap-without-sampling"]),
+        (0, off_policy, "own_stages", []),
+        (1, (), "raw_teacher", []),
+    ):
+        context = context_of(tmp_path, f"compute.overlap={overlap}", *changes, arms=(arm,))
+        assert [finding.name for finding in training_checks.sampling_ahead(context)] == names
+
+
 def test_cache_of_whole_large_vocabulary_is_named(tmp_path: Path) -> None:
     """8 steps read all rollouts of 16 prompts, 4 each, of 32 tokens, of 151,936 float32."""
     context = context_of(tmp_path, "stages.warmup.steps=8", arms=("bridge",), size={"vocabulary": 151_936})

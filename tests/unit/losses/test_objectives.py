@@ -203,6 +203,8 @@ def test_update_applies_importance_weights_if_cap_is_set(policy: Policy) -> None
     (plain, plain_metrics), (half, measured) = gradient(None), gradient(2.0)
     assert furthest({name: gradient_ * 0.5 for name, gradient_ in plain.items()}, half) < 1e-6 < largest(half)
     assert measured["importance"] == pytest.approx(0.5, abs=1e-5) and "importance" not in plain_metrics
+    # exp(|log p − log 2p|) = 2 for every token
+    assert measured["token_mult_prob_error"] == pytest.approx(2.0, abs=1e-4)
 
 
 def test_clip_bounds_divergence_and_stops_gradient_of_tokens_above_it(policy: Policy, teacher: Policy) -> None:

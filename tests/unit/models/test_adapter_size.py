@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.models import adapter_size as module
 from headwater.models import lora
 from headwater.models.adapter_size import adapter_size

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from headwater.config.recipe import Lora, parse_recipe
+from headwater.config.lora import Lora
+from headwater.config.recipe import parse_recipe
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.models import adapter_files, lora
 from headwater.models.folder import ModelFolder
+from headwater.models.fsdp import copy_weights
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.save import save_policy
@@ -164,6 +166,14 @@ def test_sampler_logp_equals_trainer_with_adapter(qwen3_folder: Path) -> None:
         rows = sampled_rows(policy, draw=9)
         drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in rows])
         assert (drawn - scores(policy, rows)).abs().mean().item() < near
+
+
+def test_copy_of_weights_scores_as_adapted_policy(qwen3_folder: Path) -> None:
+    policy, copy = trained(qwen3_folder), base(qwen3_folder)
+    rows_ = sampled_rows(policy, groups=2, max_tokens=6)
+    assert furthest_apart(scores(copy, rows_), scores(policy, rows_)) > 1e-3
+    copy_weights(policy, copy)
+    assert furthest_apart(scores(copy, rows_), scores(policy, rows_)) < 1e-5
 
 
 def test_kl_reference_is_frozen_base_without_copy(qwen3_folder: Path) -> None:

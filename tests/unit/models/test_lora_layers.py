@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
 from headwater.models import lora, lora_targets

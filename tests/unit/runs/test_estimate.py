@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from headwater.cli.dry_run import notes
 from headwater.cli.options import DryRunOptions
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import Lora
+from headwater.config.lora import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.models import lora
@@ -24,7 +25,16 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.shape import Shape
 from headwater.runs.estimate import Assumptions, condition_schedule, estimates
 from headwater.runs.hardware import MODELS
-from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
+from headwater.runs.memory_estimate import (
+    FOUR_BITS,
+    DeviceMemory,
+    gathered_bytes,
+    head_parameters,
+    held_bytes,
+    pass_bytes,
+    persistent_bytes,
+    whole_copy_bytes,
+)
 from headwater.runs.setup import prepared
 from headwater.training.update import make_optimizer, update
 from runs import TINY
@@ -60,6 +70,40 @@ def test_persistent_memory_is_sum_of_its_parts() -> None:
     assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
+def test_device_memory_by_hand() -> None:
+    """Qwen3-8B: 8,190,735,360 weights, of which 36 layers of 192,937,984 are matrices and 622,329,856 each embedding and head."""
+    shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
+    layer, head = 192_937_984, 622_329_856
+    assert shape.parameters - 36 * layer - 2 * head == 4096 + 36 * (2 * 4096 + 2 * 128)  # norms
+    assert head_parameters(shape) == head and shape.linear_parameters == 36 * layer
+    norms = shape.parameters - 36 * layer - 2 * head
+    assert gathered_bytes(shape, 4) == 4.0 * (2 * head + norms + layer)
+    assert whole_copy_bytes(shape, 2, trains=True) == 2.0 * (36 * layer + head) + 6.0 * (head + norms)
+    assert whole_copy_bytes(shape, 2, trains=False) == 2.0 * shape.parameters
+    parts = held_bytes(shape, 0, False, (shape,), 2)
+    assert (parts.weights, parts.optimizer, parts.frozen, parts.heads) == (
+        6.0 * shape.parameters, 12.0 * shape.parameters, 2.0 * shape.parameters, 2.0 * head,
+    )  # fmt: skip
+    turns = DeviceMemory(1, 2, 3, sampler=10, kv_cache=20, gathered=5, activations=6)
+    assert turns.peak == 36 and replace(turns, both=True).peak == 47
+
+
+def test_sampler_and_overlap_decide_device_memory() -> None:
+    def opd(devices: int, *changes: str) -> DeviceMemory:
+        with prepared(find_recipe("pocket", [*TINY, *changes]), ["raw_teacher"], [0]) as (plan, inputs):
+            assumed = Assumptions(devices=devices, device_memory=1e9)
+            return next(row.memory for row in estimates(plan, inputs, assumed) if row.name.startswith("opd"))
+
+    plain, ahead = opd(1), opd(1, "compute.overlap=1")
+    assert plain.sampler == 0.0 and ahead.sampler == plain.weights  # a second model in float32
+    assert ahead.peak == plain.peak - max(plain.kv_cache, plain.activations) + sum(
+        (ahead.sampler, plain.kv_cache, plain.activations)
+    )
+    engine = opd(4, "compute.sampler=vllm", "compute.vllm.memory=0.3")
+    assert engine.sampler == pytest.approx(0.3e9) and engine.kv_cache == 0.0 and not engine.both
+    assert opd(4, "compute.sampler=vllm", "compute.vllm.sleep=false").both
+
+
 def test_dry_run_and_stage_state_one_share_of_condition_c2() -> None:
     with prepared(find_recipe("pocket", TINY), ["raw_teacher"], [0]) as (plan, inputs):
         opd = plan.arms["raw_teacher"][0]
@@ -81,8 +125,19 @@ def test_weights_gradients_and_optimizer_state_are_divided_by_devices() -> None:
         single, shared = (estimates(plan, inputs, Assumptions(devices=devices)) for devices in (1, 4))
     assert len(single) == 7
     for alone, divided in zip(single, shared, strict=True):
-        assert divided.bytes == alone.bytes > 0
-        assert alone.peak - divided.peak == pytest.approx(0.75 * alone.bytes)  # activations are not divided
+        single_memory, four = alone.memory, divided.memory
+        assert (
+            divided.bytes == alone.bytes == single_memory.weights + single_memory.optimizer + single_memory.frozen > 0
+        )
+        assert (four.weights, four.optimizer) == (single_memory.weights / 4, single_memory.optimizer / 4)
+        assert (
+            single_memory.frozen / 4 < four.frozen < single_memory.frozen or single_memory.frozen == four.frozen == 0
+        )  # an output layer is not divided
+        assert (
+            four.activations == single_memory.activations
+            and single_memory.gathered == single_memory.sampler == 0.0 < four.sampler
+        )
+        assert (four.gathered > 0.0) == (single_memory.activations > 0.0) == (single_memory.optimizer > 0.0)
     weights = load_file(Path(ModelFolder.open("pocket:qwen3-student", "models.student").path) / "model.safetensors")
     student = sum(tensor.numel() for tensor in weights.values())
     assert {estimate.bytes for estimate in shared if estimate.name.startswith("base_student.")} == {4.0 * student}

@@ -27,6 +27,7 @@ def content(**other: Any) -> dict[str, Any]:
         ),
         "labels": {name: f"answers of {name}" for name in POOLS},
         "unlabeled": (),
+        "every_prompt": ["a", "b", "c", "d", "e"],
         "evals": {"sums": ["answers", "x", "y"]},
     }
     return plain | other
@@ -295,6 +296,24 @@ def test_added_bridge_prompts_change_dense_stages_and_descendants_only() -> None
     assert {name for name in before if before[name] != after[name]} == ALL - {"teacher_rl"}
 
 
+def test_every_prompt_changes_its_stages_and_descendants() -> None:
+    before, every = prints(plan_of()), prints(plan_of("stages.opd.prompts=every"))
+    assert {name for name in before if before[name] != every[name]} == {"opd", "student_rl"}
+    added = prints(plan_of("stages.opd.prompts=every", every_prompt=["a", "b", "c", "d", "e", "f"]))
+    assert {name for name in before if every[name] != added[name]} == {"opd", "student_rl"}
+    assert prints(plan_of(every_prompt=[])) == before
+
+
+def test_adapter_of_stage_changes_its_node_and_descendants() -> None:
+    plan = plan_of("stages.warmup.lora={r: 4, alpha: 8}")
+    adapters = {node.stage: node.lora(plan.recipe) for node in chain(plan, "bridge_rl") if node.kind == "train"}
+    assert {stage: None if lora is None else lora.r for stage, lora in adapters.items()} == {
+        "teacher_rl": None, "warmup": 4, "opd": None, "student_rl": None
+    }  # fmt: skip
+    before, after = prints(plan_of()), prints(plan)
+    assert {name for name in before if before[name] != after[name]} == {"warmup", "opd", "student_rl"}
+
+
 def test_arm_with_unnamed_model_is_refused_when_weights_are_needed() -> None:
     def weights(role: str) -> str:
         if role == "expert":
@@ -376,6 +395,20 @@ def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:
     for change in ("clip=2.0", "entropy_above=0.5", "gain_over=start", "token_weights.first=9"):
         changed = prints(plan_of(f"stages.opd.dense.{change}"))
         assert changed["opd"] != plain["opd"] and changed["warmup"] == plain["warmup"], change
+
+
+def test_overlap_changes_sampling_stages_and_their_descendants_only() -> None:
+    plain, ahead = (prints(plan_of(*changes)) for changes in ((), ("compute.overlap=1",)))
+    assert prints(plan_of("compute.overlap=0")) == plain
+    assert {stage for stage in plain if plain[stage] != ahead[stage]} >= {"teacher_rl", "opd", "student_rl"}
+    raw = [plan_of(*changes, arms=("raw_teacher",)) for changes in ((), ("compute.overlap=1",))]
+    warmup, opd = (
+        [plan.names[node] for plan in raw for node in plan.order() if node.stage == stage]
+        for stage in ("warmup", "opd")
+    )
+    assert warmup[0] == warmup[1] and opd[0] != opd[1]
+    capped = plan_of("compute.overlap=1", "compute.vllm.importance_cap=3", arms=("raw_teacher",))
+    assert capped.names[capped.arms["raw_teacher"][0]] != opd[1]
 
 
 def test_stage_of_no_steps_takes_none_at_equal_compute() -> None:

@@ -16,7 +16,7 @@ from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.storage.run_dir import NodeDir, append_jsonl
-from headwater.training.guards import MEASURES, GuardMonitor, StageOutcomes
+from headwater.training.guards import MEASURES, GuardMonitor, Jump, StageOutcomes
 from headwater.training.update import make_optimizer, update
 from runs import rows
 from tiny import same_bits, sampled_rows, stage_of, weights_of
@@ -76,6 +76,12 @@ def sounded(folder: Path, guards: Any, given: Steps) -> list[tuple[int, str, flo
         ("kl_explosion", 1.0, {"kl_reference": [0.0, 0.0, 1.0, 3.0]}, [(4, 2.0)]),
         # Of two divergences the worse counts.
         ("kl_explosion", 1.0, {"kl_student_teacher": [0.0] * 4, "kl_teacher_student": [0, 0, 0, 4]}, [(4, 2.0)]),
+        # Means 0.525, 0.09, 0.03: at or below 0.1 from step 3 on.
+        ("teacher_uniform", 0.1, {"teacher_contrast": [0.9, 0.15, 0.03, 0.03]}, [(3, 0.09)]),
+        # Medians 0.1 and 1.1 at step 4: 1.0 / (0 + 0.05). Rollouts from a cache, without a sampler_gap, are not looked at.
+        ("teacher_jump", 10.0, {"kl_student_teacher": [0.1, 0.1, 0.1, 2.1], "sampler_gap": [0.0] * 4}, [(4, 20.0)]),
+        ("teacher_jump", 10.0, {"kl_student_teacher": [0.1, 0.1, 0.1, 2.1]}, []),
+        ("teacher_jump", 10.0, {"kl_student_teacher": [3.0, 2.0, 1.0, 0.5, 0.3], "sampler_gap": [0.0] * 5}, []),
     ],
 )  # fmt: skip
 def test_each_guard_by_hand(
@@ -83,6 +89,14 @@ def test_each_guard_by_hand(
 ) -> None:
     alarms = sounded(tmp_path, {guard: {"action": "warn", "bound": bound}}, steps(**columns))
     assert alarms == [(step, guard, figure) for step, figure in expected]
+
+
+def test_jump_ignores_odd_steps_and_grows_with_calm_before_it() -> None:
+    # Five alike with one odd step: medians 0.1 and 0.1. Then 0.9 for good: 0.8 / 0.05 once three of five steps have it.
+    jump = Jump(5)
+    figures = [jump.add(value) for value in (0.1, 0.1, 9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0, 0.1, 0.1, 0.9, 0.9, 0.9)]
+    assert figures[:9] == [None] * 9 and figures[9:12] == [0.0, 0.0, 0.0]
+    assert figures[12:] == [pytest.approx(0.8 / 0.05)] * 2
 
 
 def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Path) -> None:
@@ -158,7 +172,8 @@ def test_guard_stop_names_value_bound_and_remedy_also_after_resume(tmp_path: Pat
 def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
     assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
-    assert {guard["action"] for guard in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
+    stops = {name for name, guard in GUARDS.items() if guard["action"] == "stop"}
+    assert stops == {"teacher_uniform", "teacher_jump"} and GUARDS.keys() == MEASURES.keys()
     changes = ["guards.truncation=stop", "guards.no_variance=off", "guards.sampler_gap.bound=0.2", "guards.patience=5"]
     guards = find_recipe("pocket", changes).guards
     assert guards.truncation.model_dump() == {"action": "stop", "bound": 0.5, "window": 10}

@@ -59,7 +59,7 @@ class RayExecutor:
     def __call__(self, job: Job) -> dict[str, Failure]:
         with connected(job) as ray, job.progress_display.together(len(job.plan.order())) as study_progress:
             refuse_impossible(job, ray.cluster_resources())
-            board = ray.remote(num_cpus=0)(Board).remote()
+            board = start_board(ray)
             schedule, setup = Schedule(job, study_progress), json.dumps(job.worker_setup())
             running: dict[Any, RemoteNode] = {}
             stop_requested = False
@@ -86,6 +86,14 @@ class RayExecutor:
                 for task, node in running.items():
                     ray.cancel(task, force=True)  # the node's state is on disk
                     node.close(KeyboardInterrupt())
+
+
+def start_board(ray: Any) -> Any:
+    """The board, on the driver's machine: that of another machine would be lost with it, and the study with the board."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        node_id=ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 
 
 def result_of(ray: Any, job: Job, task: Any) -> Message:

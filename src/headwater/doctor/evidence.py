@@ -1,0 +1,46 @@
+"""Measured differences between arms, as advice cites them: the contrasts of docs/results.md as data, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Accuracy of an arm minus that of `over` at equal labels and FLOPs, in percentage points, with its 95 % interval.
+
+    seeds          training seeds of the study
+    recipe         the recipe that it was measured with
+    needs_prompts  whether the arm samples labelled problems that the budget does not buy, so that there must be some
+    """
+
+    arm: str
+    over: str
+    difference: float
+    low: float
+    high: float
+    seeds: int
+    recipe: str
+    needs_prompts: bool
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the interval is above zero."""
+        return self.low > 0.0
+
+    def sentence(self) -> str:
+        """Example: `+9.0 points [+8.0, +10.0] over bridge at equal labels and FLOPs, on 5 seeds of pocket`."""
+        return (
+            f"{self.difference:+.1f} points [{self.low:+.1f}, {self.high:+.1f}] over {self.over} at equal labels and FLOPs, on "
+            f"{self.seeds} seeds of {self.recipe}"
+        )
+
+
+MEASURED: tuple[Evidence, ...] = ()
+"""Of the follow-ups in docs/results.md, those that change what a recipe costs nothing to change."""
+
+
+def best_evidence(spare_prompts: int) -> Evidence | None:
+    """The measured gain with the highest lower bound, among arms that a recipe with so many unspent prompts can run."""
+    usable = [row for row in MEASURED if row.is_gain and (spare_prompts > 0 or not row.needs_prompts)]
+    return max(usable, key=lambda row: row.low, default=None)

@@ -1,0 +1,40 @@
+"""A model that supervises a learner in words and token ids of its own, where the recipe gives it some."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from headwater.config.dense import Dense
+from headwater.models.prompts import with_context
+from headwater.runs.inputs import RunInputs
+from headwater.runs.tokenizers import token_pair
+from headwater.teachers.build import Teacher
+from headwater.teachers.translated import Supervisor, TranslatedTeacher, form_of
+
+
+def in_own_words(model: Teacher, roles: tuple[str, str], dense: Dense, inputs: RunInputs) -> Supervisor:
+    """The model as the learner reads it: behind the prompts and in the token ids that the teacher reads.
+
+    roles  of the learner and of the teacher in the recipe
+    """
+    learner, role = roles
+    own_prompt, aligns = inputs.recipe.prompt.teacher is not None and learner == "student", dense.tokenizers != "same"
+    if not (own_prompt or aligns):
+        return model
+    pair = token_pair(inputs, learner, role) if aligns else None
+    prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
+    contexts = inputs.contexts if learner == "student" else {}
+
+    def prompt_ids(name: str) -> tuple[int, ...]:
+        return with_context(prompter, inputs.recipe.prompt, contexts.get(name)).ids(problems[name])
+
+    width = int(inputs.config(learner).get_text_config().vocab_size)
+    return TranslatedTeacher(
+        model=model,
+        prompt_ids=cache(prompt_ids),
+        pair=pair,
+        form=form_of(dense),
+        tokenizer=inputs.tokenizer(learner),
+        vocabulary=model.vocabulary if pair is None else width,
+        make_sampler=inputs.sampler,
+    )
