@@ -122,6 +122,7 @@ class StageMeasurements:
         wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
         settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
         if schedule.problems == 0:
+            assert settings.max_share is not None  # nothing else leaves no problem
             say(
                 f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more "
                 f"than {100 * settings.max_share:.0f} % of the stage's FLOPs; conditions.problems and conditions.every "
