@@ -112,6 +112,7 @@ def test_ray_node_lost_too_often_fails_and_rest_continues(ray: Any, tmp_path: Pa
 
 
 @pytest.mark.many
+@pytest.mark.timeout(1600)
 def test_cluster_after_loss_of_machine_gives_same_files(ray: Any, tmp_path: Path) -> None:
     """Two Ray nodes with a CPU each; all processes of the second are killed while it runs a stage."""
     from ray.cluster_utils import Cluster
@@ -125,7 +126,7 @@ def test_cluster_after_loss_of_machine_gives_same_files(ray: Any, tmp_path: Path
         lost: list[str] = []
 
         def lose_machine() -> None:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 800
             while not lost and time.monotonic() < deadline:
                 for path in tmp_path.glob("nodes/*/metrics.jsonl"):
                     stage = path.parent.name.split(".")[0]
