@@ -10,8 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 Turn = tuple[str, str]
 """(role, content) of a conversation's turn; the roles are `system`, `user` and `assistant`."""
+
+IdsNK = npt.NDArray[np.int32]
+"""k token ids at each of N tokens."""
 
 _SPACES = re.compile(r"\s+")
 # Copies of one problem differ in spaces ("$2x$" and "$2 x$"), but "1 2" is not "12".
@@ -131,6 +137,7 @@ class Rollout:
     sampler_logp    natural-log probability of each sampled id under the sampler, at its temperature; same length
     sampler         fingerprint of the sampling weights
     teacher_ids     ids in which a teacher with another tokenizer sampled the completion; empty for all others
+    candidates      (tokens, k) ids that the student chose at each completion token, for its teacher to score; None: it chose none
     """
 
     problem_id: str
@@ -142,6 +149,7 @@ class Rollout:
     sampler: str
     temperature: float = 1.0
     teacher_ids: tuple[int, ...] = ()
+    candidates: IdsNK | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

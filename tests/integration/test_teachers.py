@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from forked_ranks import run_ranks
 from headwater.config.recipe import Columns, Source
 from headwater.data.sources import load as load_source
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
-from runs import load_json, node, rows, tiny
+from runs import load_json, node, rows, sets, tiny
 from serving import Answering, serving
-from tiny import CPU, MODELS
+from tiny import CPU, MODELS, same_bits
 
 # A served teacher -----------------------------------------------------------------------------------------------------
 
@@ -116,6 +119,46 @@ def test_guard_stops_run_when_server_turns_uniform(pocket_teacher: Policy, tmp_p
     assert result.code == 4 and "step 3 of 6: guard teacher_uniform: the teacher gives every token" in result.err
     contrasts = [row["teacher_contrast"] for row in rows(node(tmp_path / "out", "raw_teacher", "opd") / steps)]
     assert contrasts[0] > 0.5 and contrasts[1:] == [pytest.approx(0.0, abs=1e-6)] * 2
+
+
+@pytest.mark.parametrize("scale_out", [True, False])
+def test_student_chooses_candidates_or_run_says_why_not(
+    scale_out: bool, pocket_teacher: Policy, tmp_path: Path
+) -> None:
+    with serving(Answering(pocket_teacher, scale_out=scale_out)) as there:
+        changes = (*RAW, "stages.opd.dense.top_k=4", f"models.teacher={there.url}", "stages.opd.dense.candidates=both")
+        result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
+        sent = [body["sampling_params"] for path, body in there.requests if path == "/inference/v1/generate"]
+    assert result.code == 0, result.err
+    assert result.err.count("the server does not score tokens that the student chooses") == (not scale_out)
+    rollouts = sum(
+        row["tokens_sampled"] > 0 for row in rows(node(tmp_path / "out", "raw_teacher", "opd") / "metrics.jsonl")
+    )
+    assert rollouts and (len(sent) > 1) == scale_out  # one request asks whether it can
+    assert all(len(ids) == 4 for request in sent[1:] for ids in request["prompt_logprob_token_ids"])
+
+
+@pytest.mark.many
+def test_two_ranks_score_ahead_on_slow_server_to_the_bit(pocket_teacher: Policy, tmp_path: Path) -> None:
+    good = Answering(pocket_teacher)
+
+    def slow(path: str, body: dict[str, Any] | None) -> Any:
+        time.sleep(0.02 * ("prompt_logprobs" in (body or {})))
+        return good(path, body)
+
+    with serving(slow) as there:
+        changes = (*RAW, f"models.teacher={there.url}", "compute.server.batch_tokens=128")
+        for name, parts in (("after", 1), ("ahead", 4)):
+            argv = ["run", "pocket", "--arm", "raw_teacher", "--out", tmp_path / name]
+            ended = run_ranks(2, *argv, *sets(*changes, f"compute.score_ahead={parts}"))
+            assert [rank.code for rank in ended] == [0, 0], ended
+    after, ahead = (node(tmp_path / name, "raw_teacher", "opd") for name in ("after", "ahead"))
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        for first, other in zip(rows(after / name), rows(ahead / name), strict=True):
+            timeless = [{key: row[key] for key in row if not key.startswith("seconds")} for row in (first, other)]
+            assert timeless[0] == timeless[1]
+    weights, others = (load_file(next(folder.glob("model/*.safetensors"))) for folder in (after, ahead))
+    assert same_bits(weights, others)
 
 
 # Teachers by tag ------------------------------------------------------------------------------------------------------

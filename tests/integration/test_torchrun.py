@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -123,6 +124,27 @@ def test_two_ranks_equal_one_with_teacher_of_other_tokenizer(tmp_path: Path) -> 
     options = ["run", "pocket", "--arm", "raw_teacher"]
     assert tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes).code == 0
     ended = run_ranks(2, *options, "--out", tmp_path / "two", *sets(*changes))
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_ranks_score_ahead_and_normalize_by_tag_as_one_process(tmp_path: Path) -> None:
+    lines = [{"problem": f"{10 + i}+{20 + 3 * i}", "answer": str(30 + 4 * i), "kind": "ab"[i % 2]} for i in range(24)]
+    problems, held_out = tmp_path / "p.jsonl", tmp_path / "e.jsonl"
+    problems.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "a"}), encoding="utf-8")
+    changes = (
+        *CHANGES,
+        f"data.labeled={{path: {problems}, columns: {{tag: kind}}}}",
+        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
+        "stages.warmup.dense.normalize=tags",
+        "stages.opd.dense.normalize=tags",
+        "conditions.problems=0",
+    )
+    assert tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes).code == 0
+    argv = command_of(tmp_path / "two", *changes, "compute.score_ahead=3")
+    argv[argv.index("--arm") + 1] = "raw_teacher"
+    ended = run_ranks(2, *argv)
     assert [rank.code for rank in ended] == [0, 0], ended
     assert_alike(tmp_path / "two", tmp_path / "one")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import numpy as np
+import torch
 
 from headwater.config.stage import Sampling
 from headwater.models.policy import Policy
@@ -81,6 +86,8 @@ class Answering:
     shifted: bool = False
     """Whether its tokenizer gives different ids from the policy's."""
     gone: bool = False
+    scale_out: bool = True
+    """Whether it scores candidates (vLLM's --enable-scale-out)."""
 
     def __call__(self, path: str, body: dict[str, Any] | None) -> Any:
         if path == "/v1/models":
@@ -94,6 +101,8 @@ class Answering:
                 )
             ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
             return {"tokens": [token + 1 for token in ids] if self.shifted else ids}
+        if path == "/inference/v1/generate":
+            return self._candidates(body) if self.scale_out else (404, {"detail": "Not Found"})
         top_k = body.get("prompt_logprobs")
         if top_k is not None and top_k > self.most:
             message = f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.most}"
@@ -103,9 +112,30 @@ class Answering:
         made = [self._scored(ids, top_k) if top_k is not None else self._sampled(ids, body) for ids in prompts]
         return {"choices": [{"index": index, **choice} for index, choice in enumerate(made)][::-1]}  # out of order
 
-    def _scored(self, ids: list[int], k: int) -> dict[str, Any]:
+    def _candidates(self, body: dict[str, Any]) -> Any:
+        """Log-probs of the ids of each row: row i scores token start + i + 1, and −1 scores −∞."""
+        ids, sampling = body["token_ids"], body["sampling_params"]
+        rows, start = sampling["prompt_logprob_token_ids"], sampling["prompt_logprob_start"]
+        if len(rows) != len(ids) - 1 - start or max(map(len, rows)) > self.most:
+            return 400, {"error": {"message": f"prompt_logprob_token_ids has {len(rows)} rows"}}
+        chosen_NK = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows])
+        scores_NK = self._logp(ids)[start:].gather(1, chosen_NK.clamp_min(0)).masked_fill(chosen_NK < 0, -torch.inf)
+        data = io.BytesIO()
+        np.save(data, scores_NK.numpy())
+        k = sampling.get("prompt_logprobs")
+        return {
+            "choices": [{"index": 0, "token_ids": [ids[0]]}],
+            "prompt_logprobs": None if k is None else self._scored(ids, k)["prompt_logprobs"],
+            "prompt_token_id_logprobs": base64.b64encode(data.getvalue()).decode("ascii"),
+        }
+
+    def _logp(self, ids: list[int]) -> torch.Tensor:
         whole = Rollout("x", 0, tuple(ids[:1]), tuple(ids[1:]), (0.0,) * (len(ids) - 1), "length", "x")
-        logp_NV = distributions_of(self.policy, [whole], 4096)[0].materialize().logp_NV
+        logp_NV: torch.Tensor = distributions_of(self.policy, [whole], 4096)[0].materialize().logp_NV
+        return logp_NV
+
+    def _scored(self, ids: list[int], k: int) -> dict[str, Any]:
+        logp_NV = self._logp(ids)
         positions: list[Any] = [None]
         for row_V, token in zip(logp_NV, ids[1:], strict=True):
             kept = {*row_V.topk(min(k, len(row_V))).indices.tolist(), token}

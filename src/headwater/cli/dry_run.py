@@ -56,7 +56,9 @@ def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     if options.device is None:
         return estimate.row()
     seconds = estimate.seconds(DEVICES[options.device], options.count)
-    return {**estimate.row(), "hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
+    share = estimate.scoring_share(DEVICES[options.device])
+    times = {"hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
+    return {**estimate.row(), **times, "scoring_share_of_hours": share}
 
 
 def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> Table:
@@ -71,7 +73,7 @@ def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device
     table = Table(Column("node", no_wrap=True), *columns, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for node in nodes:
         cells = [
-            node.name.rsplit(".", 1)[0], str(node.labels), str(node.steps), units(node.tokens_sampled),
+            name_of(node), str(node.labels), str(node.steps), units(node.tokens_sampled),
             units(node.tokens_teacher_scored), units(node.flops), units(node.bytes, "B"), units(node.peak, "B"),
         ]  # fmt: skip
         if device is not None:
@@ -79,6 +81,11 @@ def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device
             cells.append(duration(seconds) if options.device is None else hours(seconds))
         table.add_row(*cells)
     return table
+
+
+def name_of(node: Estimate) -> str:
+    """A node's name without its hash."""
+    return node.name.rsplit(".", 1)[0]
 
 
 PARTS = {
@@ -121,12 +128,17 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
     ]
     length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
     lines.append(f"in all {units(sum(node.flops for node in nodes), 'FLOPs')}, with completions {length}")
-    measuring = [
-        f"{node.name.rsplit('.', 1)[0]} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01
-    ]
+    measuring = [f"{name_of(node)} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01]
     if measuring:
         lines.append(
             f"measuring condition C2 takes, of a stage's FLOPs, at most: {', '.join(measuring)} (conditions.problems: 0 turns it off)"
+        )
+    scoring = [f"{name_of(node)} {node.scoring_share(device):.0%}" for node in nodes if node.scoring]
+    if scoring:
+        unit = "FLOPs" if device is None else "time"
+        lines.append(
+            f"the teacher's scoring takes, of the {unit} of a step: {', '.join(scoring)} "
+            "(compute.score_ahead overlaps it with sampling)"
         )
     if device is None:
         return lines
@@ -189,7 +201,7 @@ def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, opti
     )
     place = "are free here" if options.device is None else f"{options.device} has"
     shown = f"{units(memory, 'B')} {place}" if options.device is None else f"{place} {units(memory, 'B')}"
-    return f"memory: {largest.name.rsplit('.', 1)[0]} needs {units(largest.peak, 'B')} and {shown}: {', '.join([*changes, other])}"
+    return f"memory: {name_of(largest)} needs {units(largest.peak, 'B')} and {shown}: {', '.join([*changes, other])}"
 
 
 def hours(seconds: float) -> str:

@@ -88,7 +88,8 @@ class Compute(Strict):
     sample_batch: Annotated[Positive, Unit("sequences")] = 256
     """Sequences that the torch sampler decodes at once."""
     score_ahead: Annotated[int, Field(ge=1, le=64)] = 1
-    """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle."""
+    """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle or the teacher is
+    behind a server."""
     overlap: Literal[0, 1] = 0
     """1: on-policy stages sample a step's rollouts while the step before trains, from the weights before that update; the loss corrects
     with `vllm.importance_cap`, whichever sampler (docs/devices.md)."""

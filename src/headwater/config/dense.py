@@ -8,6 +8,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from headwater.config.schema import Steps, Strict, Tokens, Unit
 
+Candidates = Literal["teacher", "student", "both"]
+"""Who chooses the tokens whose log-probs a served teacher is asked for."""
+
 
 class TeacherWeights(Strict):
     """Weights of the log-probs of frozen models, whose normalized product is the teacher's distribution. They sum to 1.
@@ -89,6 +92,9 @@ class Dense(Strict):
     """Weights of prompts and tokens; None weighs every token alike."""
     top_k: Tokens | None = None
     """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
+    candidates: Candidates = "teacher"
+    """Who chooses the `top_k` tokens of a teacher behind a server: the server by its own probabilities, the student by its, so that
+    the reverse KL sees where the student has mass, or both (up to 2·top_k). Takes one more forward pass of the student."""
     normalize: Literal["tokens", "tags"] = "tokens"
     """What `loss_mean` averages over: the tokens of all problems, or those of each tag, whose means then count alike, so that a
     domain with long completions does not outweigh the others."""
@@ -122,6 +128,10 @@ class Dense(Strict):
             )
         if self.divergence == "uld" and self.top_k is not None:
             raise ValueError("top_k: divergence uld needs the teacher's whole distribution")
+        if self.candidates != "teacher" and (self.top_k is None or not self.exact or self.tokenizers != "same"):
+            raise ValueError(
+                f"candidates {self.candidates}: needs top_k, a divergence over the vocabulary, and one tokenizer"
+            )
         if self.tokenizers != "same" and self.teacher_weights is not None:
             raise ValueError("teacher_weights: a composed teacher needs one vocabulary; set tokenizers to same")
         if self.tokenizers != "same" and self.gain_over is not None:
@@ -137,7 +147,7 @@ class Dense(Strict):
         """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
         later = {
             "entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers", "start_update",
-            "normalize",
+            "normalize", "candidates",
         }  # fmt: skip
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in serialize(self).items() if name not in unset}

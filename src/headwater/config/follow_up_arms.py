@@ -40,8 +40,8 @@ def growing_length(recipe: Recipe, stage: Stage) -> Stage:
 
 
 def adapter_to_saturation(recipe: Recipe, stage: Stage) -> Stage:
-    """An adapter of rank 16 instead of all weights, for twice the steps and at ten times the rate (2608.06802)."""
-    optim = {**stage.optim.model_dump(), "lr": 10 * stage.optim.lr}
+    """An adapter of rank 16 instead of all weights, for twice the steps and at three times the rate (2608.06802)."""
+    optim = {**stage.optim.model_dump(), "lr": 3 * stage.optim.lr}
     return changed(stage, lora={"r": 16, "alpha": 32}, optim=optim, **scaled_length(stage, 2.0))
 
 

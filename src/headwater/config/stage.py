@@ -228,6 +228,10 @@ class Stage(Strict):
             raise ValueError(
                 f"dense.{several}: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
             )
+        if self.dense.candidates != "teacher" and not (self.on_policy and "teacher" in self.signals):
+            raise ValueError(
+                f"dense.candidates: objective {self.objective} does not compare the policy's own rollouts with a teacher"
+            )
         if self.dense.normalize == "tags" and not self.needs_teacher:
             raise ValueError(f"dense.normalize: objective {self.objective} does not compare with a teacher")
         if self.dense.token_weights is not None and not (self.on_policy and "teacher" in self.signals):

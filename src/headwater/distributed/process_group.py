@@ -94,6 +94,18 @@ class ProcessGroup:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def exchange(self, parts: Sequence[T]) -> list[T]:
+        """Send `parts[r]` to each rank r. Returns what the ranks sent to this one, in rank order. For large values."""
+        received = [parts[self.rank]] * self.size
+        sent = [None if rank == self.rank else part for rank, part in enumerate(parts)]
+        for source in range(self.size) if not self.single_process else ():
+            values: list[Any] = [None]
+            with detect_lost_process():
+                dist.scatter_object_list(values, sent if source == self.rank else None, src=source, group=self.group)
+            if source != self.rank:
+                received[source] = values[0]
+        return received
+
     def all_reduce_sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sum named numbers over ranks, in rank order, so that every rank gets the same bits. A missing name counts as 0."""
         sums: dict[str, float] = {}

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import combinations
 
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Stage
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error
+from headwater.doctor.finding import Finding, error, note
 from headwater.doctor.model_checks import compared_texts
+from headwater.doctor.weight_checks import mean_gap
 from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
-from headwater.runs.tokenizers import token_bytes
+from headwater.runs.tokenizers import token_bytes, token_pair
 from headwater.teachers.build import top_k_of
-from headwater.teachers.served_teacher import ServedTeacher, check_scoring
+from headwater.teachers.scoring import logp_of, token_logps
+from headwater.teachers.served_teacher import NO_CANDIDATES, ServedTeacher, check_scoring, refuses_candidates
 from headwater.teachers.server_client import ServedTokenizer, is_served
 
 SERVER_PROBLEMS = 4
 """Problems on which a server's tokenizer is compared, in addition to the probe strings: each is a request."""
+REPLICA_CALLS = 4
+"""Times that the same tokens are scored at once, so that a balancer hands them to several replicas."""
+LEAST_SIGNAL = 1e-3
+"""Nats a token that answers may differ by in any case: rounding in float32."""
 
 
 def cannot_run(evidence: str) -> Finding:
@@ -42,10 +50,6 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
         return
     form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
     for node in context.nodes:
-        if node.kind == "train" and isinstance(teacher, dict) and node.aligns_tokenizers:
-            yield cannot_run(
-                f"stages.{node.stage}.dense.tokenizers: models.teacher is {form}, and aligned tokenizers need one teacher; name one"
-            )
         if node.kind == "train" and node.start == "teacher":
             yield cannot_run(
                 f"models.teacher: is {form}, which is not trained here, and stage {node.stage} of this arm would; choose arms that "
@@ -78,6 +82,20 @@ def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
         yield cannot_run(
             f"stages.{name}.sampling.temperature: models.teacher is a server ({server}), which scores at temperature 1 only",
         )
+
+
+def one_tokenizer(context: DoctorContext) -> Iterator[Finding]:
+    """Teachers by tag may have another tokenizer than the student, and have one among themselves."""
+    stages = [node.stage for node in context.nodes if node.kind == "train" and node.aligns_tokenizers]
+    if not stages or not isinstance(context.recipe.models.teacher, dict):
+        return
+    first, *others = (name.removeprefix("models.") for name in context.recipe.models.named("teacher"))
+    for other in others:
+        if token_pair(context.inputs, first, other) is not None:
+            yield cannot_run(
+                f"models.{first} and models.{other}: have different tokenizers, and stages.{stages[0]}.dense.tokenizers aligns the "
+                "student's with one; choose teachers of one family"
+            )
 
 
 def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
@@ -140,6 +158,60 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
             yield error("server-disagrees", str(refusal), remedy)
 
 
+def replicas(context: DoctorContext) -> Iterator[Finding]:
+    """A server must give the same scores for the same tokens, also if several replicas answer.
+
+    The signal is what distillation learns from, the mean ∣log T − log S∣ over tokens that the student sampled, in the answer that
+    is closest to the student. Answers that were requested at once may differ by less than that.
+    """
+    if "student" not in context.sampled_roles:
+        return
+    for role in context.served_teachers:
+        if role in context.aligned_roles:
+            continue
+        teacher, tokens = served_teacher(context, role, 0), context.recipe.compute.microbatch_tokens
+        sample = context.sample("student")
+        try:
+            with ThreadPoolExecutor(REPLICA_CALLS) as threads:
+                calls = [threads.submit(token_logps, teacher, sample.rollouts, tokens) for _ in range(REPLICA_CALLS)]
+            answers = [call.result() for call in calls]
+        except HeadwaterError as refusal:
+            yield error("server-unusable", str(refusal), "serve the model with vLLM")
+            continue
+        apart = max(mean_gap(first, second) for first, second in combinations(answers, 2))
+        student = logp_of(sample.policy, sample.rollouts, tokens)
+        signal = max(min(mean_gap(answer, student) for answer in answers), LEAST_SIGNAL)
+        if apart > signal:
+            count = sum(len(rollout.completion_ids) for rollout in sample.rollouts)
+            yield error(
+                "server-replicas-differ",
+                f"models.{role}: {REPLICA_CALLS} answers for the same {count} tokens, requested at once, differ by up to {apart:.3g} "
+                f"nats a token, and student and teacher by {signal:.3g}: what the student would learn is which replica answers",
+                "serve the same weights in the same dtype on every replica, or name one replica",
+            )
+
+
+def candidates(context: DoctorContext) -> Iterator[Finding]:
+    """Tokens that the student chooses are scored by servers, and not by every server."""
+    stages = [n for n in context.nodes if n.settings is not None and n.settings.dense.candidates != "teacher"]
+    if stages and not context.served_teachers:
+        yield cannot_run(
+            f"stages.{stages[0].stage}.dense.candidates: models.teacher is not behind a server, and its whole distribution is "
+            "compared; leave it out"
+        )
+    for role in context.served_teachers if stages else ():
+        reason = refuses_candidates(context.inputs.server(role))
+        if reason is not None:
+            yield note("server-without-candidates", f"models.{role}: {reason}", NO_CANDIDATES)
+
+
+def served_teacher(context: DoctorContext, role: str, top_k: int) -> ServedTeacher:
+    inputs = context.inputs
+    folder = inputs.served_tokenizer or inputs.model_folder("student")
+    width = int(folder.config.get_text_config().vocab_size)
+    return ServedTeacher(inputs.server(role), folder.tokenizer, width, folder.stop_ids, inputs.device, top_k)
+
+
 def servers(context: DoctorContext) -> Iterator[Finding]:
     """A server must take the longest sequence, and score a few tokens as each stage would."""
     inputs = context.inputs
@@ -156,12 +228,10 @@ def servers(context: DoctorContext) -> Iterator[Finding]:
                     f"more, are {needed}",
                     f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
                 )
-        folder = inputs.served_tokenizer or inputs.model_folder("student")
-        tokenizer, width = folder.tokenizer, int(folder.config.get_text_config().vocab_size)
         for top_k in dict.fromkeys(top_k_of(stage) or 0 for stage in stages):
-            teacher = ServedTeacher(inputs.server(role), tokenizer, width, folder.stop_ids, inputs.device, top_k)
+            teacher = served_teacher(context, role, top_k)
             try:
-                check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
+                check_scoring(teacher, teacher.tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
             except HeadwaterError as refusal:
                 max_logprobs = f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
                 remedy = max_logprobs if top_k else "serve the model with vLLM"

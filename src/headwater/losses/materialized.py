@@ -155,6 +155,8 @@ class TopK:
     def token_logp(self, targets_N: Tensor) -> Tensor:
         """Raises ValueError for a token outside the kept ones: only its tail is known."""
         matches_NK = self.ids_NK == targets_N[:, None]
+        if self.count_N is not None:
+            matches_NK &= ~self._absent(self.count_N)
         if not bool(matches_NK.any(dim=1).all()):
             raise ValueError("a token outside the teacher's kept top-k has no log-prob of its own")
         return self.logp_NK.float()[matches_NK]

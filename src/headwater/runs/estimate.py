@@ -29,6 +29,8 @@ class Estimate:
     memory   bytes on each device by part, with activations and caches
     measured FLOPs of measurements between a stage's steps (condition C2, validation), which are part of `flops`
     condition_share  FLOPs of measuring condition C2, as a share of the stage's without measurements and evaluations
+    scoring  FLOPs of the teacher's scores of a stage's rollouts, which are part of `training`
+    training (FLOPs, (bytes read, FLOPs) of decoding) of a stage without measurements and evaluations
     decoded  (bytes read, FLOPs) of decoding, which memory bandwidth limits; the FLOPs are part of `flops`
     """
 
@@ -43,6 +45,8 @@ class Estimate:
     decoded: tuple[float, float] = (0.0, 0.0)
     measured: float = 0.0
     condition_share: float = 0.0
+    scoring: float = 0.0
+    training: tuple[float, tuple[float, float]] = (0.0, (0.0, 0.0))
 
     @property
     def peak(self) -> float:
@@ -51,9 +55,18 @@ class Estimate:
 
     def seconds(self, device: Device, count: int = 1) -> float:
         """On `count` devices, at UTILISATION and BANDWIDTH_SHARE of their peaks, with the work divided evenly."""
-        read, flops = self.decoded
-        decoding = max(read / (BANDWIDTH_SHARE * device.bandwidth), flops / (UTILISATION * device.flops))
-        return (decoding + (self.flops - flops) / (UTILISATION * device.flops)) / count
+        return seconds_of(self.flops, self.decoded, device) / count
+
+    def scoring_share(self, device: Device | None) -> float:
+        """Share of a stage's step that is teacher scoring: of its time on a device, or of its FLOPs; 0 without a step.
+
+        Example: 2 of 10 FLOPs; if the other 8 are decoding that takes three times as long as they would, 2 / (2 + 24).
+        """
+        if not self.training[0]:
+            return 0.0
+        if device is None:
+            return self.scoring / self.training[0]
+        return seconds_of(self.scoring, (0.0, 0.0), device) / seconds_of(*self.training, device)
 
     def row(self) -> dict[str, Any]:
         return {
@@ -64,10 +77,19 @@ class Estimate:
             "tokens_teacher_scored_at_most": self.tokens_teacher_scored,
             "flops_at_most": self.flops,
             "flops_measuring_at_most": self.measured,
+            "flops_scoring_at_most": self.scoring,
+            "scoring_share_of_flops": self.scoring_share(None),
             "memory_bytes": self.bytes,
             "peak_bytes": self.peak,
             "device_bytes": self.memory.row(),
         }
+
+
+def seconds_of(flops: float, decoded: tuple[float, float], device: Device) -> float:
+    """Time on one device of so many FLOPs, of which decoding (bytes read, FLOPs) is limited by bandwidth or arithmetic."""
+    read, decoding_flops = decoded
+    decoding = max(read / (BANDWIDTH_SHARE * device.bandwidth), decoding_flops / (UTILISATION * device.flops))
+    return decoding + (flops - decoding_flops) / (UTILISATION * device.flops)
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,8 @@ class Estimator:
         completion = self.completion_tokens(recipe.evaluate.sampling)
         eval_tokens = int(evals * completion)
         labels = steps = scored = 0
-        measured = condition_share = 0.0
+        measured = condition_share = scoring = 0.0
+        training = 0.0, (0.0, 0.0)
         sampled = eval_tokens
         flops = shape.flops(eval_tokens + evals * self.prompt, (completion + self.prompt) / 2)
         decoded = self.decoding(shape, eval_tokens, completion)
@@ -174,6 +197,8 @@ class Estimator:
                 scored += own if node.teacher is not None and "teacher" in objective.signals else 0
                 sampled += generated
                 flops = stage_flops + flops + measured
+                own = own if objective.source == "policy" else 0
+            scoring, training = self.scoring_flops(node), (stage_flops, self.decoding(shape, own, stage_completion))
             read, decoding_flops = self.decoding(shape, generated, stage_completion)
             decoded = read + decoded[0], decoding_flops + decoded[1]
         return Estimate(
@@ -188,6 +213,8 @@ class Estimator:
             decoded=decoded,
             measured=measured,
             condition_share=condition_share,
+            scoring=scoring,
+            training=training,
         )
 
     def shape(self, source: Role | Node) -> Shape:
@@ -245,11 +272,24 @@ class Estimator:
             if stage.passes * stage.minibatches > 1:
                 flops += shape.flops(tokens, context, 1, adapter)
             flops += shape.flops(tokens, context)
-            flops += sum(self.shape(source).flops(tokens, context) for source in scorers(node))
+            flops += self.scoring_flops(node)
             weights = stage.dense.token_weights
             scoring_passes = ("reference" in objective.signals) + (weights is not None and weights.soft_or is not None)
+            scoring_passes += stage.dense.candidates != "teacher"
             flops += scoring_passes * shape.flops(tokens, context)
         return flops
+
+    def scoring_flops(self, node: Node) -> float:
+        """FLOPs of a node's rollouts under its teacher; a served teacher's are not this machine's."""
+        assert node.settings is not None
+        (rows, prompts), completion = self.rows(node), self.completion_tokens(node.settings.sampling)
+        context = (completion + self.prompt) / 2
+        if node.kind == "rollouts":
+            return self.shape(node.start).flops(rows * (completion + self.prompt), context)
+        if objective_of(node.settings).source != "policy":
+            return 0.0
+        tokens = rows * completion + prompts * self.prompt
+        return sum(self.shape(source).flops(tokens, context) for source in scorers(node))
 
     def measurements(self, node: Node, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measurements between a stage's steps."""

@@ -23,13 +23,17 @@ from headwater.runs.plan import Node, base_of, scorers
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.ahead import AheadSampler
 from headwater.sampling.build import importance_cap
+from headwater.sampling.sharded_sampler import ShardedSampler
 from headwater.storage import fault_points
 from headwater.storage.files import Logs
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, read_jsonl
+from headwater.teachers.build import uses_candidates
 from headwater.teachers.cache import read_cache
 from headwater.teachers.composed import ComposedTeacher, gain, product
-from headwater.teachers.translated import Supervisor
+from headwater.teachers.exchanged_scores import on_group, scores_travel
+from headwater.teachers.served_teacher import NO_CANDIDATES
+from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.training.early_stopping import PlateauMonitor
@@ -222,26 +226,40 @@ def rollout_source(
         spent = spent_labels(node, context)
         prompts = tuple(name for name in prompts if name in spent)
     # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
-    # Ranks make their passes together, which a scoring thread would break.
     # The base under an adapter is the policy that samples, with the adapter switched off.
     shares_policy = policy.adapter is not None and node.start in scorers(node)
-    score_while_sampling = (
-        teacher is not None and not stage.sparse.dynamic_sampling and policy.ranks.single_process and not shares_policy
+    parts = (
+        1 if teacher is None or stage.sparse.dynamic_sampling or shares_policy else inputs.recipe.compute.score_ahead
     )
+    chooser = None
+    if stage.dense.candidates != "teacher":
+        chooser = (
+            policy if uses_candidates(teacher.model if isinstance(teacher, TranslatedTeacher) else teacher) else None
+        )
+        if chooser is None:
+            context.progress.warn(f"{node.stage}: {NO_CANDIDATES}")
+    sampler = context.sampler(policy) if ahead is None else ahead
+    if parts > 1 and not policy.ranks.single_process:
+        if teacher is None or not scores_travel(teacher) or not isinstance(sampler, ShardedSampler):
+            parts = 1  # scores that cannot be sent, or vLLM, whose ranks sample together
+        elif not isinstance(teacher, ComposedTeacher):
+            group = policy.ranks.duplicate()
+            teacher, chooser = on_group(teacher, group), None if chooser is None else replace(chooser, ranks=group)
     return PolicyRollouts(
         policy=policy,
         stage=stage,
         draw=(node.stage, node.seed),
         objective=objective,
         prompts={name: prompter.ids(inputs.problems[name]) for name in prompts},
-        sampler=context.sampler(policy) if ahead is None else ahead,
+        sampler=sampler,
         prompter=prompter,
         labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
         teacher=teacher,
         reference=reference if "reference" in objective.signals else None,
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
-        parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
+        parts=parts,
         labels_shown=context.labels_shown(node),
+        chooser=chooser,
         tags=tags,
     )
 

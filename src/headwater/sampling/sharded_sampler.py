@@ -19,17 +19,19 @@ from headwater.types import Rollout
 class ShardedSampler:
     """Each rank samples its shard of the requests; all ranks receive all rollouts, in the order of the requests.
 
-    local  context manager that gives this rank's sampler
+    local        context manager that gives this rank's sampler
+    on_sampled   receives this rank's own rollouts as they finish, before the other ranks have theirs; it must not raise
     """
 
     ranks: ProcessGroup
     local: Callable[[], contextlib.AbstractContextManager[Sampler]]
+    on_sampled: OnFinished | None = None
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
         with self.local() as sampler:
-            shard = sampler.sample(self.ranks.shard(requests), sampling)
+            shard = sampler.sample(self.ranks.shard(requests), sampling, self.on_sampled)
         rollouts = [rollout for part in self.ranks.all_gather(shard) for rollout in part]
         if on_finished is not None:
             on_finished(rollouts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -20,15 +21,19 @@ class AsyncScorer:
 
     Chunks follow from the order in which rollouts finish and not from timing, so the same sampler gives bit-identical scores.
 
-    score  rollouts -> their teacher's distributions, in order
-    size   rollouts of a chunk
+    score   rollouts -> their teacher's distributions, in order
+    size    rollouts of a chunk
+    calls   least number of calls of `score`, the last of them without rollouts: where ranks score together, each calls it
+            equally often, also when this one stops with an error
+    device  GPU that the thread uses
 
     Example: with size 2, rollouts that finish as a, b, c are scored as (a, b) while c is sampled, and then (c).
     """
 
-    def __init__(self, score: Score, size: int) -> None:
-        self.score, self.size = score, size
-        self.thread = ThreadPoolExecutor(max_workers=1)
+    def __init__(self, score: Score, size: int, calls: int = 0, device: torch.device | None = None) -> None:
+        self.score, self.size, self.calls = score, size, calls
+        gpu = device is not None and device.type == "cuda"
+        self.thread = ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, device) if gpu else None)
         self.pending: list[Rollout] = []
         self.chunks: list[tuple[list[Key], Future[list[Distributions]]]] = []
 
@@ -36,7 +41,9 @@ class AsyncScorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        if error is not None and self.calls:
+            self._finish_calls()
+        self.thread.shutdown(wait=True, cancel_futures=not self.calls)
 
     def submit(self, finished: Sequence[Rollout]) -> None:
         for rollout in finished:
@@ -46,13 +53,16 @@ class AsyncScorer:
 
     def results(self) -> dict[Key, Distributions]:
         """Wait for all submitted rollouts: distributions by (problem id, sample). Raises what `score` raised."""
-        if self.pending:
-            self._start_chunk()
+        self._finish_calls()
         scores: dict[Key, Distributions] = {}
         for keys, future in self.chunks:
             scores.update(zip(keys, future.result(), strict=True))
-        self.chunks = []
+        self.chunks, self.calls = [], 0
         return scores
+
+    def _finish_calls(self) -> None:
+        while self.pending or len(self.chunks) < self.calls:
+            self._start_chunk()
 
     def _start_chunk(self) -> None:
         chunk, self.pending = self.pending, []

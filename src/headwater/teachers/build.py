@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from headwater.config.dense import Candidates
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling, Stage
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, truncate_to_top_k
+from headwater.losses.materialized import Exact, TopK
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
@@ -24,7 +26,7 @@ from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.sampling.sharded_sampler import ShardedSampler
 from headwater.teachers import server_client
 from headwater.teachers.scoring import distributions_of
-from headwater.teachers.served_teacher import ServedTeacher
+from headwater.teachers.served_teacher import ServedTeacher, refuses_candidates, union
 from headwater.types import Problem, Rollout
 
 
@@ -111,6 +113,7 @@ class TaggedTeachers:
 
     tags   problem id -> tag
     top_k  tokens kept of each distribution, so that served and local teachers give one form; None if all are local
+    candidates  who chooses them, where the rollouts have candidates of the student
     """
 
     teachers: Mapping[str, SingleTeacher]
@@ -118,6 +121,7 @@ class TaggedTeachers:
     make_sampler: SamplerFactory
     top_k: int | None
     ranks: ProcessGroup = SINGLE_PROCESS
+    candidates: Candidates = "teacher"
 
     @property
     def first(self) -> SingleTeacher:
@@ -151,8 +155,19 @@ class TaggedTeachers:
 
     def _score(self, teacher: SingleTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
         scored = distributions_of(teacher, rollouts, tokens)
+        return [self._kept(*pair) for pair in zip(scored, rollouts, strict=True)]
+
+    def _kept(self, scored: Distributions, rollout: Rollout) -> Distributions:
+        """What a server would have given of a local teacher's distributions."""
+        if self.top_k is None or isinstance(scored, TopK):
+            return scored
+        if self.candidates == "teacher" or rollout.candidates is None:
+            return truncate_to_top_k(scored, self.top_k)
+        known, ids_NK = scored.materialize(), torch.from_numpy(rollout.candidates).long().to(self.device)
+        assert isinstance(known, Exact)
+        logp_NK = known.logp_NV.gather(1, ids_NK)
         return (
-            scored if self.top_k is None else [truncate_to_top_k(distribution, self.top_k) for distribution in scored]
+            TopK(ids_NK, logp_NK) if self.candidates == "student" else union(known.top_k(self.top_k), ids_NK, logp_NK)
         )
 
     def sample(
@@ -217,9 +232,23 @@ def load_base_teacher(
             + ", ".join(f"{field.rpartition('.')[2]} {width}" for field, width in widths.items())
             + "), so one batch cannot hold their distributions"
         )
-    top_k = top_k_of(stage) if any(isinstance(teacher, ServedTeacher) for teacher in loaded.values()) else None
-    teachers = {field.removeprefix("models.teacher."): teacher for field, teacher in loaded.items()}
-    return TaggedTeachers(teachers, {problem.id: problem.tag for problem in problems}, make_sampler, top_k, ranks)
+    served = [teacher for teacher in loaded.values() if isinstance(teacher, ServedTeacher)]
+    candidates: Candidates = "teacher"
+    if served and all(uses_candidates(teacher) for teacher in served):
+        candidates = served[0].candidates
+    teachers = {
+        field.removeprefix("models.teacher."): replace(teacher, candidates=candidates)
+        if isinstance(teacher, ServedTeacher)
+        else teacher
+        for field, teacher in loaded.items()
+    }
+    tags = {problem.id: problem.tag for problem in problems}
+    return TaggedTeachers(teachers, tags, make_sampler, top_k_of(stage) if served else None, ranks, candidates)
+
+
+def uses_candidates(teacher: object) -> bool:
+    """Whether a teacher scores candidates of the student."""
+    return isinstance(teacher, (ServedTeacher, TaggedTeachers)) and teacher.candidates != "teacher"
 
 
 def is_single_local_model(recipe: Recipe) -> bool:
@@ -233,7 +262,11 @@ def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, 
     models, field_of_ids = recipe.models, "student" if recipe.models.teacher_tokenizer is None else "teacher_tokenizer"
     folder = ModelFolder.open(getattr(models, field_of_ids), f"models.{field_of_ids}", models.trust_remote_code)
     width, top_k = int(folder.config.get_text_config().vocab_size), top_k_of(stage) or 0
-    return ServedTeacher(served_model, folder.tokenizer, width, folder.stop_ids, device, top_k)
+    teacher = ServedTeacher(served_model, folder.tokenizer, width, folder.stop_ids, device, top_k)
+    candidates = "teacher" if stage is None else stage.dense.candidates
+    if candidates == "teacher" or refuses_candidates(served_model) is not None:
+        return teacher
+    return replace(teacher, candidates=candidates)
 
 
 def top_k_of(stage: Stage | None) -> int | None:

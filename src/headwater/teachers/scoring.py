@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -85,6 +86,17 @@ def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Te
         return token_stats(hidden, policy.logits, TokenInputs(targets_N, rollout.temperature)).logp_N
 
     return map_hidden(policy, rollouts, tokens, logp)
+
+
+def top_tokens(policy: Policy, rollouts: Sequence[Rollout], k: int, tokens: int) -> list[Rollout]:
+    """The rollouts with the policy's k most probable tokens at each completion token as `candidates`."""
+    k, size = min(k, policy.vocabulary), tokens_at_once(policy.vocabulary, policy.device)
+
+    def top(rollout: Rollout, hidden: Tensor) -> Tensor:
+        return torch.cat([policy.logits(part).topk(k, dim=-1).indices.int().cpu() for part in hidden.split(size)])
+
+    chosen = map_hidden(policy, rollouts, tokens, top)
+    return [replace(rollout, candidates=ids.numpy()) for rollout, ids in zip(rollouts, chosen, strict=True)]
 
 
 @torch.no_grad()

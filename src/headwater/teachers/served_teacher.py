@@ -6,25 +6,30 @@ run, and every scored sequence's ids are compared with those that were sent.
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from headwater import seeds
+from headwater.config.dense import Candidates
 from headwater.config.stage import Sampling
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import TrainingStoppedError, one_line
+from headwater.errors import TrainingStoppedError, UserError, one_line
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions
 from headwater.losses.materialized import TopK
 from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request
 from headwater.teachers.server_client import Answer, ServedModel, is_token_id
-from headwater.types import Rollout
+from headwater.types import IdsNK, Rollout
 
 NO_SHAPE = Shape(
     layers=0, hidden=0, vocabulary=0, heads=0, kv_heads=0, key_dim=0, value_dim=0, attention_layers=0, kv_cache_numbers=0,
@@ -36,7 +41,8 @@ SEEDS = 1 << 63
 ROUNDING = 1e-3
 """Excess over 0 of a log-prob, and over 1 of the probabilities at a position, that is taken for rounding."""
 LEAST_LOGP = -1e30
-"""vLLM writes -9999 for a probability of 0."""
+NO_PROBABILITY = -9999.0
+"""vLLM writes this for a probability of 0, except in `prompt_token_id_logprobs`, where it is −∞."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class ServedTeacher:
     vocabulary  the student's output width; the server must not name a token beyond it
     stop_ids    end a completion, as do the server's own
     top_k       most likely tokens requested per position; 0 requests the sampled token only
+    candidates  who chooses the tokens of rollouts that have candidates of the student; `student` and `both` need a server for which
+                `refuses_candidates` is None
     """
 
     model: ServedModel
@@ -57,6 +65,7 @@ class ServedTeacher:
     top_k: int
     shape: Shape = NO_SHAPE
     ranks: ProcessGroup = SINGLE_PROCESS
+    candidates: Candidates = "teacher"
 
     @property
     def fingerprint(self) -> str:
@@ -66,11 +75,41 @@ class ServedTeacher:
         return 0.0
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        """The top-k tokens before every completion token, or the sampled one only, in concurrent batched calls."""
+        """The top-k tokens before every completion token, or the sampled one only, in concurrent batched calls.
+
+        Candidates of the student are scored too, one rollout a call, where they are requested and the rollouts have some.
+        """
         settings = self.model.client.settings
         with ThreadPoolExecutor(settings.concurrency) as threads:
+            if self.candidates != "teacher" and all(rollout.candidates is not None for rollout in rollouts):
+                return list(threads.map(self._score_candidates, rollouts))
             scored = list(threads.map(self._score, batched(rollouts, min(tokens, settings.batch_tokens))))
         return [distributions for batch in scored for distributions in batch]
+
+    def _score_candidates(self, rollout: Rollout) -> TopK:
+        assert rollout.candidates is not None
+        own, sequence = self.candidates == "both", [*rollout.prompt_ids, *rollout.completion_ids]
+        answer = candidate_scores(self.model, sequence, rollout.candidates, self.top_k if own else None)
+        logp_NK = self._matrix(answer, rollout.candidates.shape).to(self.device)
+        ids_NK = torch.from_numpy(rollout.candidates).long().to(self.device)
+        return union(self._top_k(answer, rollout), ids_NK, logp_NK) if own else TopK(ids_NK, logp_NK)
+
+    def _matrix(self, answer: Answer, shape: tuple[int, ...]) -> Tensor:
+        """The log-probs (N, K) of candidates: vLLM sends a float32 array as .npy in base64."""
+        try:
+            data = io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"], validate=True))
+            np.lib.format.read_magic(data)
+            header = np.lib.format.read_array_header_1_0(
+                data
+            )  # first, so that no header makes it allocate more than it sent
+            logp_NK = np.frombuffer(data.read(), np.float32).reshape(shape)
+        except (KeyError, TypeError, ValueError):
+            raise self._error("gives no prompt_token_id_logprobs for the student's candidates") from None
+        if header != (shape, False, np.dtype(np.float32)) or not (logp_NK <= ROUNDING).all():
+            raise self._error(f"gives prompt_token_id_logprobs that are not {shape[0]} × {shape[1]} log-probs")
+        if (mass := float(np.exp(logp_NK).sum(axis=1).max(initial=0.0))) > 1.0 + ROUNDING:
+            raise self._error(f"gives candidates at one position probabilities that sum to {mass:.4g}, over 1")
+        return torch.from_numpy(logp_NK.clip(NO_PROBABILITY, 0.0))
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Distributions]:
         sequences = [[*rollout.prompt_ids, *rollout.completion_ids] for rollout in rollouts]
@@ -230,6 +269,60 @@ def batched(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
         batches[-1].append(rollout)
         room -= size
     return batches
+
+
+def candidate_scores(model: ServedModel, sequence: Sequence[int], ids_NK: IdsNK, top_k: int | None) -> Answer:
+    """Ask vLLM for the log-probs of k ids at each of the last N tokens of a sequence (`prompt_logprob_token_ids`).
+
+    top_k  also ask for the server's own most likely tokens (`prompt_logprobs`); None for the candidates alone
+
+    The answer has `prompt_token_id_logprobs` and, if requested, `prompt_logprobs`.
+    """
+    sampling = {
+        "max_tokens": 1,  # the least that a server generates; the token is ignored
+        "temperature": 0.0,
+        "detokenize": False,
+        "prompt_logprob_token_ids": ids_NK.tolist(),
+        "prompt_logprob_start": len(sequence) - len(ids_NK) - 1,  # row i scores token start + i + 1
+    }
+    body = {
+        "model": model.name,
+        "token_ids": list(sequence),
+        "sampling_params": sampling | ({} if top_k is None else {"prompt_logprobs": top_k}),
+    }
+    return model.client.request("/inference/v1/generate", body, ids_NK.size + len(sequence) * ((top_k or 0) + 1))
+
+
+NO_CANDIDATES = (
+    "the server does not score tokens that the student chooses, so its own most likely ones are compared (vLLM from 0.32 on does, with "
+    "--enable-scale-out and VLLM_USE_V2_MODEL_RUNNER=1)"
+)
+
+
+def refuses_candidates(model: ServedModel) -> str | None:
+    """Why a server does not score the student's candidates, in its own words; None if it does.
+
+    vLLM has `prompt_logprob_token_ids` from 0.32 on, with --enable-scale-out and its second model runner.
+    """
+    try:
+        answer = candidate_scores(model, [0, 0], np.zeros((1, 1), dtype=np.int32), None)
+    except UserError as refusal:
+        return str(refusal)
+    return None if answer.get("prompt_token_id_logprobs") else f"{model.client.url} gives no prompt_token_id_logprobs"
+
+
+def union(chosen: TopK, ids_NC: Tensor, logp_NC: Tensor) -> TopK:
+    """Kept tokens (N, K) and C further ones, each token once; all others stay one event.
+
+    Rows with fewer than K + C tokens are padded (`TopK.count_N`).
+
+    Example: kept 5, 7 and further 7, 9 give 5, 7, 9 and one place of padding.
+    """
+    repeated_NC = (ids_NC[:, :, None] == chosen.ids_NK[:, None, :]).any(dim=-1)
+    order_NC = repeated_NC.int().argsort(dim=1, stable=True)
+    ids_NE = torch.cat([chosen.ids_NK, ids_NC.gather(1, order_NC)], dim=1)
+    logp_NE = torch.cat([chosen.logp_NK, logp_NC.gather(1, order_NC)], dim=1)
+    return TopK(ids_NE, logp_NE, chosen.ids_NK.shape[1] + (~repeated_NC).sum(dim=1))
 
 
 def check_scoring(teacher: ServedTeacher, ids: Sequence[int]) -> None:

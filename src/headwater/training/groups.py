@@ -67,26 +67,32 @@ def replace_uninformative(kept: list[Row], fresh: list[Row], group_size: int) ->
 
 
 def assign_to_ranks(rows: list[Row], stage: Stage, group_size: int, ranks: ProcessGroup) -> list[Row]:
-    """Mark the rows that this rank trains on: about equal tokens per rank in every optimizer step.
+    """Mark the rows that this rank trains on (`owners`)."""
+    if ranks.single_process:
+        return rows
+    owner = owners(rows, stage, group_size, ranks.size)
+    return [replace(row, local=owner[index] == ranks.rank) for index, row in enumerate(rows)]
+
+
+def owners(rows: Sequence[Row], stage: Stage, group_size: int, size: int) -> list[int]:
+    """The rank of `size` that trains on each row: about equal tokens per rank in every optimizer step.
 
     Groups of `group_size` rows, which share a prompt, stay together where there are enough of them. Every rank computes the
     same assignment from the same rows.
 
     Example: groups of 9, 5 and 4 tokens on two ranks: the first on rank 0, the other two on rank 1.
     """
-    if ranks.single_process:
-        return rows
-    assigned: list[Row] = []
+    assigned: list[int] = []
     for minibatch in split_minibatches(rows, stage.minibatches, group_size):
         groups = groups_of(minibatch, group_size)
-        if len(groups) < 2 * ranks.size:
+        if len(groups) < 2 * size:
             groups = [[row] for row in minibatch]
         cost = [
             sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.zero_gradient) for group in groups
         ]
-        load, owner = [0] * ranks.size, [0] * len(groups)
+        load, owner = [0] * size, [0] * len(groups)
         for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
             owner[index] = load.index(min(load))
             load[owner[index]] += cost[index]
-        assigned += [replace(row, local=owner[i] == ranks.rank) for i, group in enumerate(groups) for row in group]
+        assigned += [owner[index] for index, group in enumerate(groups) for _ in group]
     return assigned

@@ -23,15 +23,18 @@ from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.sampling.ahead import AheadSampler
 from headwater.sampling.base import OnFinished, Request, Sampler, requests_for
+from headwater.sampling.sharded_sampler import ShardedSampler
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.composed import ComposedTeacher
-from headwater.teachers.scoring import distributions_of, logp_of
+from headwater.teachers.exchanged_scores import Scores, exchanged
+from headwater.teachers.scoring import distributions_of, logp_of, top_tokens
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training.evaluate import SamplingStoppedError, sample_and_grade
 from headwater.training.groups import (
     assign_to_ranks,
     count_solved,
     count_uninformative,
+    owners,
     replace_uninformative,
     truncated_share,
     with_rewards,
@@ -99,7 +102,8 @@ class PolicyRollouts:
     budget     maximum tokens of a scoring pass; shrinks when memory runs out
     sampler    samples completions; an `AheadSampler` is told the next step's requests
     parts      number of parts in which the teacher scores a step's rollouts, each while later ones are still being
-               sampled (`AsyncScorer`); 1 scores everything after sampling
+               sampled (`AsyncScorer`); 1 scores everything after sampling. Of several ranks each scores what it samples, and
+               `teacher` communicates over a process group of its own
     """
 
     policy: Policy
@@ -116,6 +120,8 @@ class PolicyRollouts:
     parts: int = 1
     labels_shown: frozenset[str] = frozenset()
     """Problems whose gold answer the teacher reads in its prompt: scoring their rollouts uses a label."""
+    chooser: Policy | None = None
+    """The policy, where it chooses the tokens that a served teacher scores (`dense.candidates`); else None."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Problem id -> tag, for a loss that is normalized by tag; else empty."""
 
@@ -126,11 +132,11 @@ class PolicyRollouts:
             job = (self._requests(following), self.stage.sampling_at(following))
             self.sampler.prepare(job if following < self.sampler.steps else None)
         try:
-            with AsyncScorer(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as scorer:
+            with self._scorer() as scorer:
                 kept, seconds = self._sample(step, sampled, scorer.submit if self.parts > 1 else None)
                 started = time.perf_counter()
                 kept = assign_to_ranks(kept, self.stage, self.stage.group_size, self.policy.ranks)
-                kept = self._score(kept, scorer.results())
+                kept = self._score(kept, self._own_scores(kept, scorer.results()))
                 if (weights := self.stage.dense.token_weights) is not None:
                     kept = with_dense_weights(kept, weights, self.stage.group_size, self.policy, self.budget)
         except TrainingStoppedError as error:
@@ -158,6 +164,23 @@ class PolicyRollouts:
             metrics["best_of_group"] = count_solved(sampled, group_size) / groups
         return self._batch(with_tags(kept, self.tags), metrics, sampled, kept)
 
+    def _scorer(self) -> AsyncScorer:
+        ranks = self.policy.ranks
+        own = -(-self.stage.batch_size // ranks.size)
+        size = -(-own // self.parts)
+        together = self.parts > 1 and not ranks.single_process
+        return AsyncScorer(self._teacher_distributions, size, -(-own // size) if together else 0, self.policy.device)
+
+    def _own_scores(self, rows: Sequence[Row], scored: Scores) -> Scores:
+        """The scores, made while sampling, of the rows that this rank trains on."""
+        ranks = self.policy.ranks
+        if self.parts == 1 or ranks.single_process:
+            return scored
+        assert self.teacher is not None and not isinstance(self.teacher, ComposedTeacher)
+        keys = [(row.rollout.problem_id, row.rollout.sample) for row in rows]
+        owner_of = dict(zip(keys, owners(rows, self.stage, self.stage.group_size, ranks.size), strict=True))
+        return exchanged(scored, owner_of, [row.rollout for row in rows if row.local], self.teacher, ranks)
+
     def _batch(
         self, rows: list[Row], metrics: Metrics, sampled: list[Row], scored: list[Row], stopped: str | None = None
     ) -> StepBatch:
@@ -184,10 +207,13 @@ class PolicyRollouts:
         """
         kept: list[Row] = []
         seconds = {"sample": 0.0, "grade": 0.0}
+        sampler = self.sampler
+        if on_finished is not None and isinstance(sampler, ShardedSampler):
+            sampler, on_finished = replace(sampler, on_sampled=on_finished), None
         for attempt in range(1 + self.stage.sparse.dynamic_sampling):
             requests, sampling = self._requests(step, attempt), self.stage.sampling_at(step)
             try:
-                graded = sample_and_grade(self.sampler, requests, sampling, self.labels, self.prompter, on_finished)
+                graded = sample_and_grade(sampler, requests, sampling, self.labels, self.prompter, on_finished)
             except SamplingStoppedError as error:
                 sampled += [Row(*graded_row) for graded_row in zip(error.rollouts, error.verdicts, strict=True)]
                 raise
@@ -224,9 +250,14 @@ class PolicyRollouts:
         """The teacher's distributions at the rollouts' tokens; empty without a teacher."""
         if self.teacher is None:
             return []
+        if self.chooser is not None:
+            assert self.stage.dense.top_k is not None
+            rollouts = self.budget.fit_passes(
+                partial(top_tokens, self.chooser, rollouts, self.stage.dense.top_k), rollouts
+            )
         return self.budget.fit_passes(partial(distributions_of, self.teacher, rollouts), rollouts)
 
-    def _score(self, rows: list[Row], scored: Mapping[tuple[str, int], Distributions]) -> list[Row]:
+    def _score(self, rows: list[Row], scored: Scores) -> list[Row]:
         """Add reference log-probs and teacher distributions to this rank's rows; `scored` holds those computed while sampling."""
         rollouts = [row.rollout for row in rows if row.local]
         if self.reference is not None:
@@ -235,7 +266,9 @@ class PolicyRollouts:
         if self.teacher is not None:
             keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]
             with torch.no_grad():
-                distributions = iter([scored[key] for key in keys] if scored else self._teacher_distributions(rollouts))
+                distributions = iter(
+                    [scored[key] for key in keys] if self.parts > 1 else self._teacher_distributions(rollouts)
+                )
             rows = [replace(row, teacher=next(distributions)) if row.local else row for row in rows]
         return rows
 
@@ -247,7 +280,7 @@ class PolicyRollouts:
         flops = self.policy.shape.flops(tokens, context)
         weights = self.stage.dense.token_weights
         student = self.policy if weights is not None and weights.soft_or is not None else None
-        scorers = [scorer for scorer in (self.teacher, self.reference, student) if scorer is not None]
+        scorers = [scorer for scorer in (self.teacher, self.reference, student, self.chooser) if scorer is not None]
         return flops + sum(scorer.pass_flops(kept) for scorer in scorers)
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from headwater.cli.dry_run import cost_table, memory_advice, notes
+from headwater.cli.dry_run import cost_table, json_row, memory_advice, notes
 from headwater.cli.options import DryRunOptions
 from headwater.config.builtin import find_recipe
 from headwater.doctor.fit import device_here
 from headwater.runs.estimate import Estimate
-from headwater.runs.hardware import Device
+from headwater.runs.hardware import DEVICES, Device
+from headwater.runs.memory_estimate import DeviceMemory
+
+
+def holding(peak: float) -> DeviceMemory:
+    """A device's memory with this peak, half of it weights and half activations."""
+    return DeviceMemory(peak / 2, 0.0, 0.0, 0.0, 0.0, 0.0, peak / 2)
+
 
 HERE = Device(flops=1e9, memory=4e9, bandwidth=1e9, source="measured")
 NODES = [
-    Estimate("teacher_rl.s0.1a2b", 8, 10, 1000, 0, flops=0.4e9 * 90, bytes=1e9, peak=3e9),
-    Estimate("opd.s0.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, peak=5e9),
+    Estimate("teacher_rl.s0.1a2b", 8, 10, 1000, 0, flops=0.4e9 * 90, bytes=1e9, memory=holding(3e9)),
+    Estimate("opd.s0.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, memory=holding(5e9)),
 ]
 PLAIN = DryRunOptions(None, 1, None)
 
@@ -48,7 +55,7 @@ def test_memory_advice_names_largest_node_and_unused_settings() -> None:
     )
     assert "gradient_checkpointing" not in weights  # 2 of the 5 GB are activations
     adapters = find_recipe("pocket", ["models.lora={r: 4, quantize: nf4}", "models.dtype=bfloat16"])
-    activations = [Estimate("opd.s0.3c4d", 0, 10, 0, 0, flops=1.0, bytes=1e9, peak=5e9)]
+    activations = [Estimate("opd.s0.3c4d", 0, 10, 0, 0, flops=1.0, bytes=1e9, memory=holding(5e9))]
     assert memory_advice(activations, adapters, HERE.memory, DryRunOptions("l40s", 1, None)) == (
         "memory: opd.s0 needs 5.00 GB and l40s has 4.00 GB: set models.gradient_checkpointing=true, lower compute.microbatch_tokens "
         f"(now {adapters.compute.microbatch_tokens}), compute.sample_batch (now {adapters.compute.sample_batch}), name a larger "
@@ -59,3 +66,28 @@ def test_memory_advice_names_largest_node_and_unused_settings() -> None:
 def test_rates_of_this_machine_are_plausible() -> None:
     here = device_here(torch.device("cpu"))
     assert 1e8 < here.flops < 1e15 and 1e7 < here.bandwidth < 1e13 and here.memory > 1e8
+
+
+def test_notes_give_share_of_teacher_scoring_by_time_or_flops() -> None:
+    # 200 of 1,000 GFLOPs. On a device that reads 0.6e9 bytes/s, decoding of 400 GFLOPs takes 3,000 s instead of 1,000, and the
+    # other 600 take 1,500: scoring is 500 of 4,500 seconds.
+    node = Estimate(
+        "opd.s0.3c4d",
+        0,
+        10,
+        0,
+        0,
+        flops=1e12,
+        bytes=1.0,
+        memory=holding(1.0),
+        scoring=2e11,
+        training=(1e12, (1.8e12, 4e11)),
+    )
+    assert node.scoring_share(None) == 0.2 and node.scoring_share(HERE) == 500 / 4500
+    assert "the teacher's scoring takes, of the FLOPs of a step: opd.s0 20%" in "\n".join(notes([node], PLAIN, None))
+    assert "of the time of a step: opd.s0 11%" in "\n".join(notes([node], PLAIN, HERE))
+    assert node.row()["scoring_share_of_flops"] == 0.2 and not any(
+        "scoring" in line for line in notes(NODES, PLAIN, None)
+    )
+    named = json_row(node, DryRunOptions("h100", 1, None))
+    assert named["scoring_share_of_hours"] == node.scoring_share(DEVICES["h100"])

@@ -254,7 +254,7 @@ def test_lora_warmup_trains_adapter_for_twice_as_many_steps() -> None:
     assert set(change) == {"warmup"} and set(change["warmup"]) == {"lora", "optim", "steps"}
     stage = stage_of(recipe_with(), arm_of("lora_warmup", recipe_with()).student[0])
     assert stage.lora is not None and (stage.lora.r, stage.steps) == (16, 160)
-    assert stage.optim.lr == pytest.approx(0.01)  # ten times the recipe's
+    assert stage.optim.lr == pytest.approx(0.003)  # three times the recipe's
 
 
 def test_bridge_plus_is_short_rl_and_every_prompt_together() -> None:

@@ -66,3 +66,26 @@ def test_async_scoring_raises_thread_errors_in_caller() -> None:
         ahead.submit(rollouts(1))
         with pytest.raises(TrainingStoppedError, match="no room"):
             ahead.results()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_scoring_together_makes_equal_numbers_of_calls(fails: bool) -> None:
+    parts: list[int] = []
+
+    def score(part: Sequence[Rollout]) -> list[Any]:
+        parts.append(len(part))
+        return lengths(part)
+
+    def sample() -> None:
+        with AsyncScorer(score, 2, calls=4) as ahead:
+            ahead.submit(rollouts(3))
+            if fails:
+                raise TrainingStoppedError("not finite")
+            assert len(ahead.results()) == 3
+
+    if fails:
+        with pytest.raises(TrainingStoppedError, match="not finite"):
+            sample()
+    else:
+        sample()
+    assert parts == [2, 1, 0, 0]  # other ranks have more rollouts, and wait in the calls that this one lacks
