@@ -106,6 +106,11 @@ class Dense(Strict):
         return self.token_weights is not None and self.token_weights.prompts != "all"
 
     @property
+    def trains_wrong_groups(self) -> bool:
+        """Whether prompts whose rollouts are all wrong are those that learn from the teacher."""
+        return self.token_weights is not None and self.token_weights.prompts == "all_wrong"
+
+    @property
     def exact(self) -> bool:
         """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
         return self.divergence != "sampled"

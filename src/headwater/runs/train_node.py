@@ -126,10 +126,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
     guards = GuardMonitor(recipe.guards, outcomes, steps, progress.warn)
     pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
-    rescued = stage.dense.token_weights is not None and stage.dense.token_weights.prompts == "all_wrong"
-    no_signal = NoSignalGuard(
-        recipe.guards.model_copy(update={"no_signal": "continue"}) if rescued else recipe.guards, outcomes, steps, pool
-    )
+    no_signal = NoSignalGuard(recipe.guards, outcomes, steps, pool, stage.dense)
     plateau = PlateauMonitor(stage.until, folder.metrics)
     microbatch_tokens = recipe.compute.microbatch_tokens
     earlier = list(read_jsonl(folder.metrics))
