@@ -21,11 +21,11 @@ from benchmarks.ten_settings import headwater
 from headwater import stats
 from headwater.report.contrasts import accuracy, seed_matrix
 from headwater.report.format import percent, points, units
-from headwater.report.study import EvalCounts, Node, Study, costs, read_study
+from headwater.report.study import EvalCounts, costs, read_study
 from headwater.storage.run_dir import RunDir, write_atomic
 
 RECIPE, TEACHER = "examples/other_tokenizer.yaml", "models/qwen3-teacher-joined"
-HALVINGS = 30
+HALVINGS = 12
 
 FORMS: dict[str, tuple[str, ...]] = {
     "same": (
@@ -68,6 +68,7 @@ def trained(folder: Path, seeds: Sequence[int]) -> Trained | None:
     if not set(seeds) <= finished.keys():
         return None
     nodes = {seed: finished[seed] for seed in seeds}
+    before = study.results("base_student", study.evals[0])
 
     def values(evals: Mapping[int, EvalCounts]) -> np.ndarray:
         return seed_matrix([evals[seed] for seed in sorted(evals)], accuracy)[0]
@@ -78,17 +79,11 @@ def trained(folder: Path, seeds: Sequence[int]) -> Trained | None:
         }
 
     return Trained(
-        values(before(study, nodes)),
+        values({seed: before[seed] for seed in seeds}),
         values(of_stage("teacher_rl")),
         values(of_stage("opd")),
         float(np.mean([costs(run)["flops"] for run in nodes.values()])),
     )
-
-
-def before(study: Study, nodes: Mapping[int, tuple[Node, ...]]) -> dict[int, EvalCounts]:
-    """The untrained student's evaluation, which does not depend on the seed."""
-    (once,) = study.results("base_student", study.evals[0]).values()
-    return dict.fromkeys(nodes, once)
 
 
 def recovered(form: Trained, same: Trained) -> stats.Interval:
