@@ -36,7 +36,7 @@ chaos: .venv/installed-test
 # Runs of several processes that take longer, those on Ray, and what a rank holds in memory. Ray gets an environment of its own.
 many: .venv-many/installed
 	.venv-many/bin/python -m pytest -m 'many or not many' tests/integration/test_torchrun.py tests/integration/test_ray.py \
-	  tests/integration/training/test_overlap.py
+	  tests/integration/test_torchrun_engines.py tests/integration/training/test_overlap.py
 	for n in 1 2 4; do PYTHONPATH=. .venv-many/bin/torchrun --nproc-per-node $$n tests/support/ranks_memory.py; done
 
 .venv-many/installed: pyproject.toml constraints.txt

@@ -1,8 +1,8 @@
 """Benchmark cases as plain values, equal for Headwater and each peer. Does not import torch.
 
 A model is named by a spec: `pocket:NAME` ships with the package; `random:LAYERSxHIDDEN:VOCABULARY` is Qwen3-shaped with random
-weights, `qwen2.5:LAYERSxHIDDEN:VOCABULARY` Qwen2.5-shaped (`models.py` makes them). `endless` models have an end token that cannot
-be sampled, so every completion has full length.
+weights, `qwen2.5:LAYERSxHIDDEN:VOCABULARY` Qwen2.5-shaped (`models.py` makes them); `real:NAME` is one of `tools.real`. `endless`
+models have an end token that cannot be sampled, so every completion has full length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["opd", "grpo", "sampling", "train", "loss", "loss_gpu"]
+Kind = Literal["opd", "grpo", "sampling", "train", "loss", "loss_gpu", "pair"]
 
 QWEN25 = "qwen2.5:24x896:151936"
 """The shape and vocabulary of Qwen2.5-0.5B."""
@@ -31,7 +31,8 @@ class Case:
     """One benchmark case, run by each of `peers` in turn.
 
     places   position of the result in the JSON: (workload, name) pairs, the first of which names the case
-    kind     opd, grpo: whole steps; train: an OPD step on given completions; sampling; loss: the loss stage alone
+    kind     opd, grpo: whole steps; train: an OPD step on given completions; sampling; loss: the loss stage alone; pair: OPD steps of a
+             real pair with two tokenizers
     batch    completions per step, `group` per prompt
     steps    timed repetitions within one process, after `untimed` ones
     tokens   for `loss`: number of token positions
@@ -129,6 +130,12 @@ def real_cases() -> list[Case]:
     ]
 
 
+def pair_cases() -> list[Case]:
+    """OPD steps of Qwen2.5-Coder-0.5B → SmolLM2-135M on short answers, against TRL's GOLD trainer."""
+    models = ("real:SmolLM2-135M-Instruct", "real:Qwen2.5-Coder-0.5B-Instruct")
+    return [Case((("gold", "opd"),), "pair", *models, batch=4, new_tokens=32, steps=3, endless=False)]
+
+
 def gpu_cases() -> list[Case]:
     """The heads of Qwen3-1.7B and Qwen3-8B over 8,192 tokens; a step and sampling at the shape of Qwen2.5-0.5B."""
     case = Case((("gpu", "loss"),), "loss_gpu", "random:1x2048:151936", "random:1x4096:151936", steps=5, tokens=8192)
@@ -151,6 +158,7 @@ def all_cases() -> list[Case]:
         *pocket_sampling(),
         *growth_cases(),
         *real_cases(),
+        *pair_cases(),
         *gpu_cases(),
     ]
 

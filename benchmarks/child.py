@@ -52,6 +52,10 @@ def work_of(peer: str, case: Case, root: Path) -> Work:
         from benchmarks import loss
 
         return repeated(loss.step_of(peer, case))
+    if case.kind == "pair":
+        from benchmarks import real_pair
+
+        return real_pair.work_of(peer, case)
     if peer == "headwater":
         from benchmarks import ours
 
@@ -79,6 +83,8 @@ def measure(peer: str, case: Case, root: Path) -> dict[str, Any]:
     for row in timed:
         if case.endless and row.get("tokens_sampled", case.batch * case.new_tokens) != case.batch * case.new_tokens:
             raise AssertionError(f"{row['tokens_sampled']:.0f} tokens sampled, expected {case.batch * case.new_tokens}")
+    if case.kind == "pair":
+        result |= work.held_out()  # type: ignore[attr-defined]
     return result | {key: median(row[key] for row in timed) for key in timed[0]}
 
 

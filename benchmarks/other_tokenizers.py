@@ -4,13 +4,14 @@
     python -m benchmarks.other_tokenizers --out DIR --seeds 0,1,2,3,4
 
 Each form of comparison (docs/teachers.md) is a study of the arm `bridge` in DIR/FORM with examples/other_tokenizer.yaml and the joined
-teacher; `same` has the shipped teacher. Forms share the teacher's RL. DIR/table.md is rewritten after each; the same command resumes.
+teacher, without measurements of condition C2; `same` has the shipped teacher. Forms share the teacher's RL. DIR/table.md has the
+forms that finished these seeds; the same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Trained:
 
 
 def changes(form: str, out: Path) -> tuple[str, ...]:
-    return (f"models.teacher={out / TEACHER}", *FORMS[form])
+    return (f"models.teacher={out / TEACHER}", "conditions.problems=0", *FORMS[form])
 
 
 def run(form: str, out: Path, seeds: str, reuse: list[Path]) -> None:
@@ -60,9 +61,13 @@ def run(form: str, out: Path, seeds: str, reuse: list[Path]) -> None:
     headwater("study", RECIPE, "--arms", "bridge", "--seeds", seeds, "--out", str(out / form), "--json", *options)
 
 
-def trained(folder: Path) -> Trained:
+def trained(folder: Path, seeds: Sequence[int]) -> Trained | None:
+    """The bridge of a form over these seeds; None if some are not finished."""
     study = read_study([folder])
-    nodes = study.finished("bridge")
+    finished = study.finished("bridge")
+    if not set(seeds) <= finished.keys():
+        return None
+    nodes = {seed: finished[seed] for seed in seeds}
 
     def values(evals: Mapping[int, EvalCounts]) -> np.ndarray:
         return seed_matrix([evals[seed] for seed in sorted(evals)], accuracy)[0]
@@ -153,9 +158,11 @@ def main() -> None:
         reuse = [options.out / other for other in FORMS if other != form and RunDir(options.out / other).plan.exists()]
         run(form, options.out, options.seeds, reuse)
         print(form, flush=True)
-    finished = {form: trained(options.out / form) for form in FORMS if RunDir(options.out / form).plan.exists()}
-    write_atomic(options.out / "table.md", markdown(finished))
-    print(markdown(finished))
+    seeds = sorted(int(seed) for seed in options.seeds.split(","))
+    begun = [form for form in FORMS if RunDir(options.out / form).plan.exists()]
+    results = {form: result for form in begun if (result := trained(options.out / form, seeds)) is not None}
+    write_atomic(options.out / "table.md", markdown(results))
+    print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -139,9 +139,7 @@ class Evaluation:
         ]
         width = max(8, *map(len, self.measures))
         for name, interval in self.measures.items():
-            lines.append(
-                f"{name:{width}} {interval.mean:6.1%}   95 % interval {interval.low:.1%} – {interval.high:.1%}"
-            )
+            lines.append(f"{name:{width}} {interval.mean:6.1%}   95% interval {interval.low:.1%} – {interval.high:.1%}")
         lines.append("verdicts  " + ", ".join(f"{name} {count}" for name, count in self.reasons.items()))
         lines.append(f"cut at the token limit {self.truncated:.1%}")
         return "\n".join(lines)

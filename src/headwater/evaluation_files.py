@@ -95,7 +95,7 @@ def compare(first: Path, second: Path) -> list[Comparison]:
 
 def comparison_text(comparisons: Sequence[Comparison]) -> str:
     """A table of comparisons for a terminal."""
-    header = ["data", "reading", "first", "second", "problems", "difference", "95 % interval", "p"]
+    header = ["data", "reading", "first", "second", "problems", "difference", "95% interval", "p"]
     rows = [
         [
             row.data, row.reading, f"{row.first_model} {row.first:.1%}", f"{row.second_model} {row.second:.1%}", str(row.problems),

@@ -120,6 +120,9 @@ def test_dry_run_json_lists_nodes_with_bounds_and_writes_nothing(
     assert set(estimates) == ran  # what it lists is what runs
     assert len(estimates) == len(listed)  # type: ignore[arg-type]
     plan = load_json(all_arms() / "plan.json")["arms"]
+    for arm, by_seed in plan.items():
+        assert all(arm in estimates[name]["arms"] for name in by_seed["0"] if not arm.startswith("base_"))
+    assert {tuple(row["arms"]) for name, row in estimates.items() if name.startswith("base_")} == {()}
     # How long these run is known when other arms are done; what is listed is an estimate, and no bound.
     open_ended = {plan[arm]["0"][-1] for arm in ("direct_grpo_compute", "opd_then_rl_compute")}
     for name, row in estimates.items():

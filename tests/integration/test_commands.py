@@ -35,6 +35,8 @@ VERBATIM = {  # command -> regular expression of its output
     "init --all": "microbatch_tokens: ",
     "init gsm8k": "student: ",
     "init paper-qwen3-1.7b": "student: ",
+    "init pocket": "student: pocket:qwen3-student",
+    "init improved": "prompts: every",
     "init pocket > my.yaml": "student: pocket:qwen3-student",
     "validate problems.jsonl": "300 labels, 0 fail",
     "validate problems.jsonl --task sums": "300 labels, 0 fail",
@@ -51,7 +53,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
     "run pocket --arm bridge --set stages.warmup.prompts=every --set stages.warmup.group_size=1 "
     "--set stages.opd.prompts=every --dry-run": "opd",
-    "run pocket --arm bridge --set 'stages.warmup.lora={r: 16, alpha: 32}' --set stages.warmup.optim.lr=1e-2 --dry-run": "warmup",
+    "run pocket --arm bridge --set 'stages.warmup.lora={r: 16, alpha: 32}' --set stages.warmup.optim.lr=3e-3 --dry-run": "warmup",
     "run pocket --arm opd_only --set stages.opd.dense.tokenizers=prefix --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms improved --seeds 0,1 --dry-run": "opd.s1",
@@ -111,6 +113,19 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "study pocket-skills --arms bridge_1h,bridge_rl,replay --seeds 0,1,2,3,4 --set stages.teacher_rl.epochs=20 "
         "--set guards.no_signal=continue "
         "--set data.labeled.generate.dials.skills=96 --set data.evals.skills.generate.dials.skills=96 --dry-run",
+        "teacher_rl",
+    ),
+    "study pocket --arms bridge,exopd,exopd_start,opd2,entropy_aware,proximal,first_tokens --seeds 101,102,103,104,105 "
+    "--out RUNS/follow-ups": (
+        f"{STUDY} --arms bridge,exopd,exopd_start,opd2,entropy_aware,proximal,first_tokens --seeds 101",
+        "teacher_rl",
+    ),
+    "study pocket --arms bridge,bridge_plus --seeds 0,1,2,3,4,5,6,7,8,9 --set conditions.problems=0 "
+    "--set data.evals.longer.generate.pool=eval  --set data.evals.longer.generate.count=250 "
+    "--set data.evals.longer.generate.dials.min_terms=7 --set data.evals.longer.generate.dials.max_terms=7 --out RUNS/improved": (
+        f"{STUDY} --arms bridge,bridge_plus --seeds 0 --set conditions.problems=0 --set data.evals.longer.generate.pool=eval "
+        "--set data.evals.longer.generate.count=250 --set data.evals.longer.generate.dials.min_terms=7 "
+        "--set data.evals.longer.generate.dials.max_terms=7",
         "teacher_rl",
     ),
     "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out RUNS/countdown": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,11 +25,16 @@ ARMS = "direct_grpo,raw_teacher"
 LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24", "compute.workers=2")
 
 
+def library_with_path() -> Any:
+    """Ray, whose processes will find the modules that are found here."""
+    library = pytest.importorskip("ray", reason="Ray is not installed: nothing of --executor ray is tested here")
+    os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    return library
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    library = pytest.importorskip("ray", reason="Ray is not installed: nothing of --executor ray is tested here")
-    python_path = os.pathsep.join(entry for entry in sys.path if entry)
-    os.environ["PYTHONPATH"] = python_path
+    library = library_with_path()
     library.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield library
     library.shutdown()
@@ -111,21 +117,31 @@ def test_ray_node_lost_too_often_fails_and_rest_continues(ray: Any, tmp_path: Pa
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
 
 
+def test_ray_refuses_unavailable_resources(ray: Any, tmp_path: Path) -> None:
+    result = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
+    assert result.code == 2
+    assert result.err.endswith(
+        "headwater: compute.ray: warmup on all (seed 0) asks for cpus 64, and the cluster has 2\n"
+    )
+
+
 @pytest.mark.many
-def test_cluster_after_loss_of_machine_gives_same_files(ray: Any, tmp_path: Path) -> None:
-    """Two Ray nodes with a CPU each; all processes of the second are killed while it runs a stage."""
+@pytest.mark.timeout(1600)
+def test_cluster_after_loss_of_machine_gives_same_files(tmp_path: Path) -> None:
+    """Two Ray nodes with a CPU each; all processes of the second are killed while it runs a stage. The last test with Ray here."""
+    ray = library_with_path()
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **agent_ports()})
     try:
-        machine = cluster.add_node(num_cpus=1)
+        machine = cluster.add_node(num_cpus=1, **agent_ports())
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         raylet = machine.all_processes["raylet"][0].process.pid
         lost: list[str] = []
 
         def lose_machine() -> None:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 800
             while not lost and time.monotonic() < deadline:
                 for path in tmp_path.glob("nodes/*/metrics.jsonl"):
                     stage = path.parent.name.split(".")[0]
@@ -146,7 +162,16 @@ def test_cluster_after_loss_of_machine_gives_same_files(ray: Any, tmp_path: Path
     finally:
         ray.shutdown()
         cluster.shutdown()
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+def agent_ports() -> dict[str, int]:
+    """Ports of a node's agents: where they choose their own, the node waits 15 s for them, which a slow machine needs longer for."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+        return dict(zip(names, (free.getsockname()[1] for free in sockets), strict=True))
 
 
 def parent_of(pid: int) -> int | None:
@@ -154,14 +179,6 @@ def parent_of(pid: int) -> int | None:
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return None
-
-
-def test_ray_refuses_unavailable_resources(ray: Any, tmp_path: Path) -> None:
-    result = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
-    assert result.code == 2
-    assert result.err.endswith(
-        "headwater: compute.ray: warmup on all (seed 0) asks for cpus 64, and the cluster has 2\n"
-    )
 
 
 def test_missing_ray_is_refused_with_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ torchrun --nproc-per-node N tests/support/ranks_memory.py [--layers 12] [--width
     [--dtype bfloat16] [--sampler vllm]
 
 With vLLM the pocket teacher's engine runs before the measurement, so that its libraries do not count; `start_peak_mb` is the peak
-while the measured model's engine starts and reads its files, `sample_peak_mb` of a later batch.
+while the measured model's engine starts and reads its files, `sample_peak_mb` of a later batch. `--steps 0` trains nothing.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def measure(folder: Path, args: argparse.Namespace, ranks: ProcessGroup) -> None
     rows = sample(policy)
     sampling = status("VmHWM") - empty
     forget()
-    seconds = []
+    seconds, stats = [0.0], dict.fromkeys(("grad_norm", "loss"), 0.0)
     for _ in range(args.steps):
         began = time.perf_counter()
         stats = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import __main__ as program
-from benchmarks import child, limits, loss, other_tokenizers, runner, sandbox, summary
+from benchmarks import child, limits, loss, other_tokenizers, real_pair, runner, sandbox, summary
 from benchmarks.cases import QWEN25, CannotRunError, Case, all_cases, select_cases
 from benchmarks.rewards import parity
 from benchmarks.table import cells
 from headwater import stats
 from headwater.models.shape import Shape
 from headwater.runs.hardware import MODELS
+from headwater.tasks import sums
+from headwater.types import Problem
+from tools.pretrain.pocket import make_tokenizer
 
 STUDENT, TEACHER = "random:1x128:64", "random:2x128:64"
 OPD = Case((("b", "opd"),), "opd", STUDENT, TEACHER, batch=4, prompt_tokens=3, new_tokens=5, steps=1)
@@ -284,3 +290,30 @@ def test_table_of_forms_names_gain_of_each() -> None:
     assert rows[0].startswith("| `same` |") and "| – | – |" in rows[0]
     share = other_tokenizers.recovered(trained_form(0.64, seed=1), trained_form(0.7))
     assert f"| {100 * share.mean:.1f} [" in rows[1] and text.rstrip().endswith("3 seeds, 200 problems.")
+
+
+def test_steps_of_pair_with_two_tokenizers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Headwater's side of workload `gold`, on pocket models: it trains, and both KLs are of the same texts."""
+    shipped = Path(str(files("headwater"))) / "pocket"
+    shutil.copytree(shipped / "qwen3-teacher", tmp_path / "teacher")
+    make_tokenizer("pairs").save_pretrained(tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher/model.safetensors")
+    rows = len(make_tokenizer("pairs"))
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
+        weights[name] = weights[name][torch.arange(rows) % 28].clone()
+    save_file(weights, tmp_path / "teacher/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "teacher/config.json").read_text())
+    (tmp_path / "teacher/config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    folders = {"real:s": str(shipped / "qwen3-student"), "real:t": str(tmp_path / "teacher")}
+    monkeypatch.setattr(real_pair, "folder_of", folders.__getitem__)
+    monkeypatch.setattr(
+        real_pair,
+        "problems_of",
+        lambda count, pool: [Problem.of(text, pool) for text, _ in sums.generate(count, pool, 0)],
+    )
+    case = Case((("gold", "opd"),), "pair", "real:s", "real:t", batch=4, new_tokens=8, steps=2, endless=False)
+    work = real_pair.work_of("headwater", case)
+    rows_of_steps = work(case.repetitions)
+    assert len(rows_of_steps) == 3 and all(row["tokens_trained"] > 0 for row in rows_of_steps)
+    figures = work.held_out()
+    assert figures["kl_before"] > 0.1 and figures["kl_after"] != figures["kl_before"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -33,12 +33,13 @@ def print_dry_run(
     nodes = estimates(
         plan, inputs, Assumptions(options.mean_tokens, options.count, None if device is None else device.memory)
     )
+    arms_of = plan.arms_by_node()
     if as_json:
-        print(json.dumps([json_row(estimate, options) for estimate in nodes]))
+        print(json.dumps([{**json_row(node, options), "arms": arms_of[node.name]} for node in nodes]))
         return
     if device is None and not inputs.missing:  # models that are not here will hardly train here
         device = device_here(inputs.device)
-    console().print(cost_table(nodes, options, device))
+    console().print(cost_table(nodes, options, device, arms_of if len(arms) > 1 else None))
     if options.device is not None:
         console().print(memory_table(nodes, f"memory of each of {options.count} × {options.device}"))
     for message in inputs.missing or ():
@@ -61,16 +62,29 @@ def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     return {**estimate.row(), **times, "scoring_share_of_hours": share}
 
 
-def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> Table:
+def cost_table(
+    nodes: Sequence[Estimate],
+    options: DryRunOptions,
+    device: Device | None,
+    arms_of: Mapping[str, Sequence[str]] | None = None,
+) -> Table:
     """One row per node.
 
-    device  the one that `options` names, else this machine's; None for no times
+    device   the one that `options` names, else this machine's; None for no times
+    arms_of  name of a node -> its arms, for a column; with it the columns are narrower, so that 100 characters hold them
     """
-    at_most = "" if options.mean_tokens is not None else " ≤"
+    bound = options.mean_tokens is None
+    at_most = " ≤" if bound and arms_of is None else ""
     columns = ["labels", "steps", f"tokens{at_most}", f"scored{at_most}", f"FLOPs{at_most}", "weights", "peak"]
     if device is not None:
         columns.append("time here" if options.device is None else "GPU-hours")
-    table = Table(Column("node", no_wrap=True), *columns, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title, padding = "what would run", 1
+    if arms_of is not None:
+        title, padding = "what would run; tokens, scored and FLOPs are at most" if bound else title, 0
+    headings = [Column(name, no_wrap=True) for name in ("node", *columns)]
+    if arms_of is not None:
+        headings.append(Column("arms", overflow="ellipsis"))
+    table = Table(*headings, title=title, box=SIMPLE_HEAD, padding=(0, padding, 0, 0))
     for node in nodes:
         cells = [
             name_of(node), str(node.labels), str(node.steps), units(node.tokens_sampled),
@@ -79,8 +93,15 @@ def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device
         if device is not None:
             seconds = options.count * node.seconds(device, options.count)
             cells.append(duration(seconds) if options.device is None else hours(seconds))
+        if arms_of is not None:
+            cells.append(short_list(arms_of[node.name]))
         table.add_row(*cells)
     return table
+
+
+def short_list(names: Sequence[str]) -> str:
+    """Example: `exopd +3` for four arms."""
+    return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else "".join(names)
 
 
 def name_of(node: Estimate) -> str:
@@ -105,8 +126,7 @@ def memory_table(nodes: Sequence[Estimate], title: str) -> Table:
         cells = (*(units(value, "B") if value else "" for value in node.memory.row().values()), units(node.peak, "B"))
         names.setdefault(cells, []).append(node.name.split(".")[0])
     for cells, sharing in names.items():
-        first, *others = dict.fromkeys(sharing)
-        table.add_row(first + (f" +{len(others)}" if others else ""), *cells)
+        table.add_row(short_list(tuple(dict.fromkeys(sharing))), *cells)
     return table
 
 

@@ -35,7 +35,8 @@ class TeacherWeights(Strict):
 
 
 class StartUpdate(Strict):
-    """How the model `start` follows the student while the stage trains: one of the two. Not with adapters or several ranks."""
+    """How the model `start` follows the student while the stage trains: one of the two. In one process. Under an adapter a copy of
+    the adapter follows."""
 
     every: Steps | None = None
     """Copy the student's weights every so many steps: a teacher that lags behind it."""
@@ -103,6 +104,11 @@ class Dense(Strict):
     def weighs_by_verdict(self) -> bool:
         """Whether a token's weight depends on whether its prompt's rollouts are right, so that they must be graded."""
         return self.token_weights is not None and self.token_weights.prompts != "all"
+
+    @property
+    def trains_wrong_groups(self) -> bool:
+        """Whether prompts whose rollouts are all wrong are those that learn from the teacher."""
+        return self.token_weights is not None and self.token_weights.prompts == "all_wrong"
 
     @property
     def exact(self) -> bool:

@@ -71,23 +71,23 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
     shares = f"{_share(teacher)} of the teacher's groups are informative, {_share(student)} of the student's"
     if not has_signal(teacher) and not has_signal(student):
         return LabelAdvice(
-            "nowhere", f"{shares}; below {MIN_INFORMATIVE:.0%} a label is of little use. {_remedy(measures)}"
+            "nowhere", f"{shares}; below {_percent(MIN_INFORMATIVE)} a label is of little use. {_remedy(measures)}"
         )
     if not has_signal(teacher):
         if teacher.pass_rate.mean > student.pass_rate.mean and teacher.pass_rate.mean > 0.5:
             return LabelAdvice(
                 "student",
-                f"{shares}: the teacher is right {teacher.pass_rate.mean:.0%} of the time already and needs no labels. Bridge from "
-                "it without any (opd_then_rl), and spend them on the student",
+                f"{shares}: the teacher is right {_percent(teacher.pass_rate.mean)} of the time already and needs no labels. Bridge "
+                "from it without any (opd_then_rl), and spend them on the student",
             )
         return LabelAdvice("student", f"{shares}: sparse reward would find nothing to reinforce in this teacher")
     if teacher.c1 is not None and teacher.c1 >= C1_SATURATED and has_signal(student) and measures.teacher_is_better:
         k = max(teacher.pass_at)
         return LabelAdvice(
             "student",
-            f"the teacher is right {teacher.pass_rate.mean:.0%} of the time and its best of {k} {teacher.pass_at[k]:.0%}: C1 holds "
-            f"already ({teacher.c1:.2f}, at least {C1_SATURATED:g}) and labels could hardly raise it. Bridge from it without any "
-            "(raw_teacher), and spend them on the student",
+            f"the teacher is right {_percent(teacher.pass_rate.mean)} of the time and its best of {k} {_percent(teacher.pass_at[k])}: "
+            f"C1 holds already ({teacher.c1:.2f}, at least {C1_SATURATED:g}) and labels could hardly raise it. Bridge from it "
+            "without any (raw_teacher), and spend them on the student",
         )
     if not has_signal(student):
         return LabelAdvice("teacher", f"{shares}: only the teacher's samples are right often enough to learn from")
@@ -98,8 +98,8 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
     cost = continuations.memorization_cost(measures.passes)
     margin = continuations.lead - cost - MIN_LEAD
     because = (
-        f"after the first quarter of the teacher's right answers the teacher ends right {continuations.teacher.mean:.0%} of the "
-        f"time, the student {continuations.student.mean:.0%}; of this lead of {100 * continuations.lead:.0f} points the bridge "
+        f"after the first quarter of the teacher's right answers the teacher ends right {_percent(continuations.teacher.mean)} of the "
+        f"time, the student {_percent(continuations.student.mean)}; of this lead of {100 * continuations.lead:.0f} points the bridge "
         f"would lose about {100 * cost:.0f} ({continuations.kl:.2f} nats a token to learn, each cached rollout trained on "
         f"{measures.passes:.1f} times), and {100 * MIN_LEAD:.0f} are what the student's own RL would recover"
     )
@@ -146,7 +146,11 @@ def has_signal(model: Readiness) -> bool:
 
 
 def _share(model: Readiness) -> str:
-    return f"{model.informative.mean:.0%}"
+    return _percent(model.informative.mean)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def outcome_advice(measures: PairMeasures) -> dict[str, str]:
@@ -174,7 +178,7 @@ def teacher_advice(measures: PairMeasures) -> str | None:
     seen = (
         f"student and teacher are the same weights: KL(student‖teacher) is {measures.kl_student_prefixes:.3f} nats a token"
         if measures.same_weights
-        else f"the teacher is right {teacher:.0%} of the time, the student {student:.0%}"
+        else f"the teacher is right {_percent(teacher)} of the time, the student {_percent(student)}"
     )
     return (
         f"{seen}, so distilling it as it is (raw_teacher, opd_then_rl) has little to teach; train it on the labels first "
@@ -240,6 +244,6 @@ def student_rl_advice(measures: PairMeasures) -> str:
         "Stop OPD when it no longer helps: validation accuracy flat over two windows "
         "(stages.opd.until: {metric: validation, every: 10, patience: 2}) or, without validation problems, kl_student_teacher in "
         "the stage's metrics. Continue with student RL on labels that the teacher has not used, as long as at least "
-        f"{MIN_INFORMATIVE:.0%} of the student's groups of {student.group_size} are informative (`informative` in the metrics of "
-        f"student_rl; now {_share(student)})"
+        f"{_percent(MIN_INFORMATIVE)} of the student's groups of {student.group_size} are informative (`informative` in the metrics "
+        f"of student_rl; now {_share(student)})"
     )

@@ -93,6 +93,7 @@ CHECKS = (
     Check("pool sizes", data.pool_sizes, exit_code=2),
     Check("what teachers can do", teachers.teacher_form, exit_code=2),
     Check("tags of problems", teachers.teacher_tags, exit_code=2),
+    Check("one tokenizer of teachers by tag", teachers.one_tokenizer, exit_code=2),
     Check("tags of a normalized loss", teachers.normalized_tags, exit_code=2),
     Check("device and plan", plan_can_be_made, exit_code=2),
     Check("sampling engine", teachers.engine),

@@ -36,8 +36,13 @@ class Evidence:
         )
 
 
-MEASURED: tuple[Evidence, ...] = ()
-"""Of the follow-ups in docs/results.md, those that change what a recipe costs nothing to change."""
+MEASURED = (
+    Evidence("bridge_plus", "bridge", 14.1, 11.9, 16.3, 10, "pocket", needs_prompts=True),
+    Evidence("proximal", "bridge", 0.3, -1.3, 1.8, 5, "pocket", needs_prompts=False),
+    Evidence("exopd_start", "bridge", 0.2, -0.9, 1.4, 5, "pocket", needs_prompts=False),
+    Evidence("entropy_aware", "bridge", -0.1, -1.3, 1.0, 5, "pocket", needs_prompts=False),
+)
+"""Arms of docs/results.md that were measured at the bridge's labels and FLOPs (within 5 %), gains or not."""
 
 
 def best_evidence(spare_prompts: int) -> Evidence | None:

@@ -17,7 +17,7 @@ from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
-from headwater.runs.tokenizers import token_bytes
+from headwater.runs.tokenizers import token_bytes, token_pair
 from headwater.teachers.build import top_k_of
 from headwater.teachers.scoring import logp_of, token_logps
 from headwater.teachers.served_teacher import NO_CANDIDATES, ServedTeacher, check_scoring, refuses_candidates
@@ -50,10 +50,6 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
         return
     form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
     for node in context.nodes:
-        if node.kind == "train" and isinstance(teacher, dict) and node.aligns_tokenizers:
-            yield cannot_run(
-                f"stages.{node.stage}.dense.tokenizers: models.teacher is {form}, and aligned tokenizers need one teacher; name one"
-            )
         if node.kind == "train" and node.start == "teacher":
             yield cannot_run(
                 f"models.teacher: is {form}, which is not trained here, and stage {node.stage} of this arm would; choose arms that "
@@ -86,6 +82,20 @@ def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
         yield cannot_run(
             f"stages.{name}.sampling.temperature: models.teacher is a server ({server}), which scores at temperature 1 only",
         )
+
+
+def one_tokenizer(context: DoctorContext) -> Iterator[Finding]:
+    """Teachers by tag may have another tokenizer than the student, and have one among themselves."""
+    stages = [node.stage for node in context.nodes if node.kind == "train" and node.aligns_tokenizers]
+    if not stages or not isinstance(context.recipe.models.teacher, dict):
+        return
+    first, *others = (name.removeprefix("models.") for name in context.recipe.models.named("teacher"))
+    for other in others:
+        if token_pair(context.inputs, first, other) is not None:
+            yield cannot_run(
+                f"models.{first} and models.{other}: have different tokenizers, and stages.{stages[0]}.dense.tokenizers aligns the "
+                "student's with one; choose teachers of one family"
+            )
 
 
 def teacher_tags(context: DoctorContext) -> Iterator[Finding]:

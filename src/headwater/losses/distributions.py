@@ -1,28 +1,71 @@
 """Teacher distributions over the next token, for N tokens, in the forms in which they are stored.
 
-Every form can be sliced, materialized, and then aligned with a student's log-probs: both come back as log-probs over the same E
-events, so that every divergence in `token_losses` works on every form.
+Every form can be sliced, concatenated with its like, and materialized: turned into a form that holds log-probs and compares a student
+with them (`Known`). The loss knows no form by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from headwater.losses.materialized import GROUP_FLOOR, Exact, ExactGain, Grouped, Known, Sorted, SpanLogp, TopK
+from headwater.losses import per_token
+from headwater.losses.comparison import Comparison, Student
+from headwater.losses.materialized import GROUP_FLOOR, Exact, ExactGain, Grouped, Sorted, TopK
 from headwater.losses.output_head import Head, LinearHead, logp_dtype
+from headwater.losses.token_losses import Divergence
 
 
 class Distributions(Protocol):
     def __len__(self) -> int: ...
     def rows(self, start: int, stop: int) -> Distributions: ...
+    def concatenate(self, others: Sequence[Self], device: torch.device | None) -> Distributions:
+        """One value with the rows of this and of others of its class, on a device; None: on theirs."""
+        ...
+
     def materialize(self) -> Known:
         """The form that holds log-probs; hidden states and logits are turned into it here."""
         ...
+
+
+class Known(Distributions, Protocol):
+    """A materialized form."""
+
+    def concatenate(self, others: Sequence[Self], device: torch.device | None) -> Known: ...
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        """Compare a student with these distributions. `gradient` asks for that of the divergence by the student's logits."""
+        ...
+
+    def token_logp(self, targets_N: Tensor) -> Tensor | None:
+        """The teacher's log-prob of each target token (N,); None where the form holds none."""
+        ...
+
+
+@runtime_checkable
+class ComputesLogits(Protocol):
+    """A form whose logits are computed, chunk by chunk, in memory that the chunks share."""
+
+    def buffer(self, tokens: int) -> Tensor | None:
+        """Memory for the logits of a chunk, which its parts can share; None if none can be shared."""
+        ...
+
+    def with_logits(self, buffer_CV: Tensor | None = None) -> Distributions:
+        """Compute the logits, in `buffer_CV` if there is one."""
+        ...
+
+
+def logits_buffer(distributions: Distributions | None, tokens: int) -> Tensor | None:
+    """Memory for the logits of a chunk, for forms that compute them."""
+    return distributions.buffer(tokens) if isinstance(distributions, ComputesLogits) else None
+
+
+def with_logits(distributions: Distributions, buffer_CV: Tensor | None) -> Distributions:
+    """Compute the logits of forms that are stored without them."""
+    return distributions.with_logits(buffer_CV) if isinstance(distributions, ComputesLogits) else distributions
 
 
 @dataclass(frozen=True)
@@ -33,22 +76,24 @@ class FromHidden:
     head: Head
     temperature: float
 
-    def __len__(self) -> int:
-        return self.hidden_NH.shape[0]
+    __len__ = per_token.length
+    rows = per_token.rows
 
-    def rows(self, start: int, stop: int) -> FromHidden:
-        return FromHidden(self.hidden_NH[start:stop], self.head, self.temperature)
+    def concatenate(self, others: Sequence[FromHidden], device: torch.device | None) -> FromHidden | Concatenated:
+        parts = (self, *others)
+        if len({id(_weights(part.head)) for part in parts}) > 1:
+            return Concatenated(parts)
+        return per_token.concatenate(self, others, device)
 
     def materialize(self) -> Exact:
         return self.with_logits().materialize()
 
     def buffer(self, tokens: int) -> Tensor | None:
-        """Memory for logits that one chunk after the other can reuse; None for a head that is not linear."""
+        """None for a head that is not linear."""
         return self.head.buffer(tokens) if isinstance(self.head, LinearHead) else None
 
     @torch.no_grad()
     def with_logits(self, buffer_CV: Tensor | None = None) -> FromLogits:
-        """Compute the logits, in `buffer_CV` if there is one."""
         if buffer_CV is None or not isinstance(self.head, LinearHead):
             return FromLogits(self.head(self.hidden_NH), self.temperature)
         hidden_NH, weight_VH = self.hidden_NH.to(self.head.dtype), self.head.weight_VH.to(self.head.dtype)
@@ -62,11 +107,9 @@ class FromLogits:
     logits_NV: Tensor
     temperature: float
 
-    def __len__(self) -> int:
-        return self.logits_NV.shape[0]
-
-    def rows(self, start: int, stop: int) -> FromLogits:
-        return FromLogits(self.logits_NV[start:stop], self.temperature)
+    __len__ = per_token.length
+    rows = per_token.rows
+    concatenate = per_token.concatenate
 
     def materialize(self) -> Exact:
         wide_NV = self.logits_NV.to(logp_dtype(self.logits_NV.dtype))
@@ -95,12 +138,16 @@ class Composed:
     def rows(self, start: int, stop: int) -> Composed:
         return Composed(tuple(part.rows(start, stop) for part in self.parts), self.weights)
 
+    def concatenate(self, others: Sequence[Composed], device: torch.device | None) -> Composed:
+        by_model = zip(self.parts, *(other.parts for other in others), strict=True)
+        return Composed(tuple(concatenate(model, device) for model in by_model), self.weights)
+
     def materialize(self) -> Exact:
         return self.with_logits().materialize()
 
     def buffer(self, tokens: int) -> Tensor | None:
-        """Memory for one part's logits, which all parts and chunks reuse; None where no part has a linear head."""
-        buffers = (part.buffer(tokens) for part in self.parts if isinstance(part, FromHidden))
+        """Of one part's logits, which all parts reuse; None where no part has a linear head."""
+        buffers = (logits_buffer(part, tokens) for part in self.parts)
         return next((buffer_CV for buffer_CV in buffers if buffer_CV is not None), None)
 
     @torch.no_grad()
@@ -132,6 +179,10 @@ class Gain:
     def rows(self, start: int, stop: int) -> Gain:
         return Gain((self.parts[0].rows(start, stop), self.parts[1].rows(start, stop)))
 
+    def concatenate(self, others: Sequence[Gain], device: torch.device | None) -> Gain:
+        teacher, base = (concatenate([part.parts[model] for part in (self, *others)], device) for model in (0, 1))
+        return Gain((teacher, base))
+
     def materialize(self) -> ExactGain:
         teacher, base = (part.materialize() for part in self.parts)
         if not (isinstance(teacher, Exact) and isinstance(base, Exact)):
@@ -139,24 +190,17 @@ class Gain:
         return ExactGain(teacher, base)
 
     def buffer(self, tokens: int) -> Tensor | None:
-        """Memory for the teacher's logits; those of the other model get their own."""
-        return self.parts[0].buffer(tokens) if isinstance(self.parts[0], FromHidden) else None
+        """Of the teacher's logits; those of the other model get their own."""
+        return logits_buffer(self.parts[0], tokens)
 
     @torch.no_grad()
     def with_logits(self, buffer_CV: Tensor | None = None) -> Gain:
-        """Compute the logits of both models."""
-        buffers = (buffer_CV, None)
-        teacher, base = (
-            part.with_logits(buffer) if isinstance(part, FromHidden) else part
-            for part, buffer in zip(self.parts, buffers, strict=True)
-        )
-        return Gain((teacher, base))
+        return Gain((with_logits(self.parts[0], buffer_CV), with_logits(self.parts[1], None)))
 
 
 def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
     """(logits, their temperature) of exact distributions. Raises ValueError for top-k ones: the product of tails is unknown."""
-    if isinstance(distributions, FromHidden):
-        distributions = distributions.with_logits(buffer_CV)
+    distributions = with_logits(distributions, buffer_CV)
     if isinstance(distributions, FromLogits):
         return distributions.logits_NV, distributions.temperature
     known = distributions.materialize()
@@ -202,13 +246,20 @@ class Aligned:
         rows = slice(start, stop)
         return replace(self, base=self.base.rows(start, stop), tokens_N=self.tokens_N[rows], state_N=self.state_N[rows])
 
+    def concatenate(self, others: Sequence[Aligned], device: torch.device | None) -> Aligned:
+        parts = (self, *others)
+        return replace(
+            self,
+            base=concatenate([part.base for part in parts], device),
+            tokens_N=tuple(tokens for part in parts for tokens in part.tokens_N),
+            state_N=torch.cat([part.state_N for part in parts]).to(device),
+        )
+
     def buffer(self, tokens: int) -> Tensor | None:
-        """Memory for the teacher's logits of some tokens, if they are computed from hidden states."""
-        return self.base.buffer(tokens) if isinstance(self.base, FromHidden) else None
+        return logits_buffer(self.base, tokens)
 
     def with_logits(self, buffer_CV: Tensor | None = None) -> Aligned:
-        """Compute the logits, where the base holds hidden states."""
-        return replace(self, base=self.base.with_logits(buffer_CV)) if isinstance(self.base, FromHidden) else self
+        return replace(self, base=with_logits(self.base, buffer_CV))
 
     @torch.no_grad()
     def materialize(self) -> Grouped | TopK | Sorted:
@@ -276,11 +327,12 @@ class Concatenated:
             offset += len(part)
         return Concatenated(tuple(chosen))
 
+    def concatenate(self, others: Sequence[Concatenated], device: torch.device | None) -> Concatenated:
+        return Concatenated(tuple(part for some in (self, *others) for part in some.parts))
+
     def materialize(self) -> Known:
-        parts = [part.materialize() for part in self.parts]
-        whole = concatenate(parts, parts[0].device)
-        assert isinstance(whole, Known)
-        return whole
+        first, *others = (part.materialize() for part in self.parts)
+        return first.concatenate(others, None)
 
 
 def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
@@ -291,49 +343,14 @@ def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
     return known if isinstance(known, TopK) and known.ids_NK.shape[1] <= k else known.top_k(k)
 
 
-def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distributions:
+def concatenate(parts: Sequence[Distributions], device: torch.device | None) -> Distributions:
     """Concatenate on a device: as one value if all parts share form and head, else as `Concatenated`."""
-    first = parts[0]
-    if isinstance(first, (Composed, Gain)):
-        by_model = zip(*(part.parts for part in parts if isinstance(part, (Composed, Gain))), strict=True)
-        models = tuple(concatenate(model, device) for model in by_model)
-        return Composed(models, first.weights) if isinstance(first, Composed) else Gain((models[0], models[1]))
-    if isinstance(first, ExactGain):
-        gains = [part for part in parts if isinstance(part, ExactGain)]
-        teacher, base = (concatenate([getattr(part, name) for part in gains], device) for name in ("teacher", "base"))
-        assert isinstance(teacher, Exact) and isinstance(base, Exact)
-        return ExactGain(teacher, base)
-    if isinstance(first, Aligned):
-        aligned = [part for part in parts if isinstance(part, Aligned)]
-        return replace(
-            first,
-            base=concatenate([part.base for part in aligned], device),
-            tokens_N=tuple(tokens for part in aligned for tokens in part.tokens_N),
-            state_N=torch.cat([part.state_N for part in aligned]).to(device),
-        )
-    if any(isinstance(part, Concatenated) for part in parts) or not _share_head(parts):
+    first, *others = parts
+    if any(type(part) is not type(first) for part in others):
         return Concatenated(tuple(parts))
-    if isinstance(first, FromHidden):
-        hidden_NH = torch.cat([part.hidden_NH for part in parts if isinstance(part, FromHidden)])
-        return FromHidden(hidden_NH.to(device), first.head, first.temperature)
-    if isinstance(first, Exact):
-        return Exact(torch.cat([part.logp_NV for part in parts if isinstance(part, Exact)]).to(device))
-    if isinstance(first, Grouped):
-        grouped = [part for part in parts if isinstance(part, Grouped)]
-        logp_NE = torch.cat([part.logp_NE for part in grouped]).to(device)
-        return Grouped(logp_NE, first.group_V.to(device), torch.cat([part.compared_N for part in grouped]).to(device))
-    if isinstance(first, (Sorted, SpanLogp)):
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        return type(first)(*(torch.cat(column).to(device) for column in columns))
-    kept = [part for part in parts if isinstance(part, TopK)]
-    ids_NK, logp_NK = torch.cat([part.ids_NK for part in kept]), torch.cat([part.logp_NK for part in kept])
-    counts = [part.count_N for part in kept if part.count_N is not None]
-    group_V = None if kept[0].group_V is None else kept[0].group_V.to(device)
-    return TopK(ids_NK.to(device), logp_NK.to(device), torch.cat(counts).to(device) if counts else None, group_V)
+    return first.concatenate(others, device)
 
 
-def _share_head(parts: Sequence[Distributions]) -> bool:
-    """Whether all parts that are stored as hidden states use the same head weights."""
-    heads = [part.head for part in parts if isinstance(part, FromHidden)]
-    weights = [head.weight_VH if isinstance(head, LinearHead) else getattr(head, "__self__", head) for head in heads]
-    return len({id(weight) for weight in weights}) < 2
+def _weights(head: Head) -> object:
+    """What two heads share if they are one."""
+    return head.weight_VH if isinstance(head, LinearHead) else getattr(head, "__self__", head)

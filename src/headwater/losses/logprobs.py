@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from headwater.losses import fused_linear, token_losses
+from headwater.losses import fused_linear
+from headwater.losses.comparison import Student
 from headwater.losses.fused_linear import FusedPass, TokenLoss
-from headwater.losses.materialized import ExactGain, Grouped, Sorted, SpanLogp
 from headwater.losses.output_head import Head, LinearHead, logp_dtype
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
@@ -87,20 +87,5 @@ def _chunk_stats(hidden_NH: Tensor, head: Head, inputs: TokenInputs) -> tuple[An
     with torch.no_grad():
         # A token of log-prob −inf has probability 0 and adds 0, not NaN.
         entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(-1e30)).sum(dim=-1)
-    if inputs.teacher is None:
-        return logp_N, entropy_N, None, None, None, None
-    teacher = inputs.teacher.materialize()
-    if isinstance(teacher, SpanLogp):
-        kl_N, teacher_logp_N = teacher.compare(logp_N)
-        return logp_N, entropy_N, None, kl_N, None, teacher_logp_N
-    student_NE, teacher_NE = teacher.align(logp_NV)
-    divergence_N = None if inputs.divergence is None else inputs.divergence(student_NE, teacher_NE)
-    if isinstance(teacher, Sorted):  # a KL between ranks is none between tokens
-        return logp_N, entropy_N, divergence_N, None, None, None
-    with torch.no_grad():
-        if isinstance(teacher, ExactGain):  # the KLs are measured to the teacher, not to the student's target
-            teacher_NE = teacher.teacher.align(logp_NV)[1]
-        kls = token_losses.reverse_kl(student_NE, teacher_NE), token_losses.forward_kl(student_NE, teacher_NE)
-        if isinstance(teacher, Grouped) or not inputs.teacher_tokens:
-            return logp_N, entropy_N, divergence_N, *kls, None
-        return logp_N, entropy_N, divergence_N, *kls, teacher.token_logp(inputs.targets_N)
+    compared = inputs.compare(Student(logp_NV, logp_N), gradient=False)
+    return tuple(vars(TokenStats.of(logp_N, entropy_N, compared)).values())

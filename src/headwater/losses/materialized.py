@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headwater.losses import per_token
 from headwater.losses.alignment import Spans
-from headwater.losses.token_losses import LOWEST
+from headwater.losses.comparison import Comparison, Student, by_autograd, compare_events
+from headwater.losses.token_losses import LOWEST, Divergence, Pair
 
 
 @dataclass(frozen=True)
@@ -18,18 +21,26 @@ class Exact:
 
     logp_NV: Tensor
 
-    def __len__(self) -> int:
-        return self.logp_NV.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logp_NV.device
-
-    def rows(self, start: int, stop: int) -> Exact:
-        return Exact(self.logp_NV[start:stop])
+    __len__ = per_token.length
+    rows = per_token.rows
+    concatenate = per_token.concatenate
 
     def materialize(self) -> Exact:
-        return self
+        """With `LOWEST` instead of −inf, where a cached model excludes events."""
+        return Exact(self.logp_NV.clamp_min(LOWEST))
+
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        student_NV, teacher_NV = self.align(student.logp_NV)
+        if student.p_NV is None:
+            return compare_events(student_NV, teacher_NV, divergence)
+        pair = Pair.of(student_NV, student.p_NV, teacher_NV)
+        compared = Comparison(None, pair.reverse_N, pair.forward_N)
+        if divergence is None:
+            return compared
+        if not gradient:
+            return replace(compared, divergence_N=divergence(student_NV, teacher_NV))
+        divergence_N, by_logits = divergence.closed_form(pair)
+        return replace(compared, divergence_N=divergence_N, gradient=by_logits)
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of student and teacher over the same events, both (N, E); the student's keep their gradient."""
@@ -55,15 +66,27 @@ class ExactGain:
     def __len__(self) -> int:
         return len(self.teacher)
 
-    @property
-    def device(self) -> torch.device:
-        return self.teacher.device
-
     def rows(self, start: int, stop: int) -> ExactGain:
         return ExactGain(self.teacher.rows(start, stop), self.base.rows(start, stop))
 
+    def concatenate(self, others: Sequence[ExactGain], device: torch.device | None) -> ExactGain:
+        teacher = self.teacher.concatenate([part.teacher for part in others], device)
+        return ExactGain(teacher, self.base.concatenate([part.base for part in others], device))
+
     def materialize(self) -> ExactGain:
         return self
+
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        """The divergence is that from the target; the KLs are those to the teacher."""
+        compared = self.teacher.compare(student, None, gradient)
+        if divergence is None:
+            return compared
+        target_NV = self.target(student.logp_NV)
+        if not gradient:
+            return replace(compared, divergence_N=divergence(student.logp_NV, target_NV))
+        assert student.p_NV is not None
+        divergence_N, by_logits = divergence.closed_form(Pair.of(student.logp_NV, student.p_NV, target_NV))
+        return replace(compared, divergence_N=divergence_N, gradient=by_logits)
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of the student and of its target over the same events, both (N, E)."""
@@ -113,19 +136,30 @@ class TopK:
     count_N: Tensor | None = None
     group_V: Tensor | None = None
 
-    def __len__(self) -> int:
-        return self.ids_NK.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.ids_NK.device
-
-    def rows(self, start: int, stop: int) -> TopK:
-        count_N = None if self.count_N is None else self.count_N[start:stop]
-        return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop], count_N, self.group_V)
+    __len__ = per_token.length
+    rows = per_token.rows
+    concatenate = per_token.concatenate
 
     def materialize(self) -> TopK:
         return self
+
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        if self.group_V is not None or divergence is None or not gradient:
+            return by_autograd(lambda logp_NV: compare_events(*self.align(logp_NV), divergence), student, gradient)
+        # The few kept tokens, rather than the vocabulary, are the leaves.
+        p_NV, ids_NK = student.p_NV, self.ids_NK.long()
+        assert p_NV is not None
+        with torch.enable_grad():
+            kept_NK = student.logp_NV.gather(1, ids_NK).requires_grad_()
+            compared = compare_events(*self.align_kept(kept_NK), divergence)
+            assert compared.divergence_N is not None
+            by_kept_NK = torch.autograd.grad(compared.divergence_N.sum(), kept_NK)[0]
+
+        def by_logits(outer_N1: Tensor) -> Tensor:
+            weighted_NK = by_kept_NK * outer_N1
+            return (p_NV * -weighted_NK.sum(dim=-1, keepdim=True)).scatter_add_(1, ids_NK, weighted_NK)
+
+        return replace(compared, divergence_N=compared.divergence_N.detach(), gradient=by_logits)
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         if self.group_V is not None:
@@ -150,7 +184,7 @@ class TopK:
         return TopK(self.ids_NK.gather(1, kept.indices), kept.values, count_N, self.group_V)
 
     def _absent(self, count_N: Tensor) -> Tensor:
-        return torch.arange(self.ids_NK.shape[1], device=self.device) >= count_N[:, None]
+        return torch.arange(self.ids_NK.shape[1], device=self.ids_NK.device) >= count_N[:, None]
 
     def token_logp(self, targets_N: Tensor) -> Tensor:
         """Raises ValueError for a token outside the kept ones: only its tail is known."""
@@ -173,18 +207,18 @@ class Sorted:
     logp_NV: Tensor
     compared_N: Tensor
 
-    def __len__(self) -> int:
-        return self.logp_NV.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logp_NV.device
-
-    def rows(self, start: int, stop: int) -> Sorted:
-        return Sorted(self.logp_NV[start:stop], self.compared_N[start:stop])
+    __len__ = per_token.length
+    rows = per_token.rows
+    concatenate = per_token.concatenate
 
     def materialize(self) -> Sorted:
         return self
+
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        """The divergence alone: a KL between ranks is none between tokens."""
+        if divergence is None:
+            return Comparison()
+        return by_autograd(lambda logp_NV: Comparison(divergence(*self.align(logp_NV))), student, gradient)
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Events are ranks; the smaller vocabulary has probability 0 at the ranks that it lacks."""
@@ -195,6 +229,9 @@ class Sorted:
             for logp_NV in (student_logp_NV, self.logp_NV.to(student_logp_NV))
         )
         return student_NE, teacher_NE
+
+    def token_logp(self, targets_N: Tensor) -> None:
+        """None: the tokens of the probabilities are not known."""
 
 
 @dataclass(frozen=True)
@@ -210,18 +247,15 @@ class Grouped:
     group_V: Tensor
     compared_N: Tensor
 
-    def __len__(self) -> int:
-        return self.logp_NE.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logp_NE.device
-
-    def rows(self, start: int, stop: int) -> Grouped:
-        return Grouped(self.logp_NE[start:stop], self.group_V, self.compared_N[start:stop])
+    __len__ = per_token.length
+    rows = per_token.rows
+    concatenate = per_token.concatenate
 
     def materialize(self) -> Grouped:
         return self
+
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        return by_autograd(lambda logp_NV: compare_events(*self.align(logp_NV), divergence), student, gradient)
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         student_NE = group_logp(student_logp_NV, self.group_V, self.logp_NE.shape[1])
@@ -232,6 +266,9 @@ class Grouped:
         """Keep the k most probable groups and merge the others into the tail."""
         kept = self.logp_NE.topk(min(k, self.logp_NE.shape[1]), dim=-1)
         return TopK(kept.indices, kept.values, self.compared_N * kept.values.shape[1], self.group_V)
+
+    def token_logp(self, targets_N: Tensor) -> None:
+        """None: only the sums of groups are known."""
 
 
 @dataclass(frozen=True)
@@ -271,31 +308,25 @@ class SpanLogp:
         size_N[:read] = own_C[own_span_R]
         return SpanLogp(logp_N, size_N)
 
-    def __len__(self) -> int:
-        return self.logp_N.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logp_N.device
-
-    def rows(self, start: int, stop: int) -> SpanLogp:
-        return SpanLogp(self.logp_N[start:stop], self.size_N[start:stop])
+    __len__ = per_token.length
+    rows = per_token.rows
+    concatenate = per_token.concatenate
 
     def materialize(self) -> SpanLogp:
         return self
 
-    def compare(self, student_logp_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(sampled reverse KL, the teacher's log-prob as `token_losses.sampled_reverse_kl` reads it) of each token, without gradient.
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        """Sampled reverse KL, and the teacher's log-prob as `token_losses.sampled_reverse_kl` reads it, without gradient.
 
         The first sums to log p_S(c) − log p_T(c) over a span. The second is the student's own where nothing is compared.
         """
-        student_logp_N, compared_N = student_logp_N.detach(), self.size_N > 0
+        student_logp_N, compared_N = student.logp_N.detach(), self.size_N > 0
         teacher_logp_N = torch.where(compared_N, self.logp_N.to(student_logp_N), student_logp_N)
-        return (student_logp_N - teacher_logp_N) / self.size_N.clamp_min(1), teacher_logp_N
+        kl_N = (student_logp_N - teacher_logp_N) / self.size_N.clamp_min(1)
+        return Comparison(kl_student_teacher_N=kl_N, teacher_logp_N=teacher_logp_N)
 
-
-Known = Exact | ExactGain | TopK | Grouped | Sorted | SpanLogp
-"""The materialized forms."""
+    def token_logp(self, targets_N: Tensor) -> None:
+        """None: a span's log-prob is at a token only next to the student's own."""
 
 
 TAIL_FLOOR = 1e-7

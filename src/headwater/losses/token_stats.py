@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from headwater.losses.comparison import Comparison, Student
 from headwater.losses.distributions import Distributions
 from headwater.losses.token_losses import Divergence
 
@@ -31,6 +32,16 @@ class TokenInputs:
         teacher = None if self.teacher is None else self.teacher.rows(start, stop)
         return replace(self, targets_N=self.targets_N[start:stop], teacher=teacher)
 
+    def compare(self, student: Student, gradient: bool) -> Comparison:
+        """The student compared with the teacher at these tokens; `gradient` as in `distributions.Known.compare`."""
+        if self.teacher is None:
+            return Comparison()
+        known = self.teacher.materialize()
+        compared = known.compare(student, self.divergence, gradient)
+        if self.teacher_tokens and compared.teacher_logp_N is None:
+            compared = replace(compared, teacher_logp_N=known.token_logp(self.targets_N))
+        return compared
+
 
 @dataclass(frozen=True)
 class TokenStats:
@@ -43,6 +54,11 @@ class TokenStats:
     kl_student_teacher_N: Tensor | None = None
     kl_teacher_student_N: Tensor | None = None
     teacher_logp_N: Tensor | None = None
+
+    @staticmethod
+    def of(logp_N: Tensor, entropy_N: Tensor, compared: Comparison) -> TokenStats:
+        kls = compared.kl_student_teacher_N, compared.kl_teacher_student_N
+        return TokenStats(logp_N, entropy_N, compared.divergence_N, *kls, compared.teacher_logp_N)
 
     @staticmethod
     def concatenate(parts: Sequence[TokenStats]) -> TokenStats:

@@ -69,7 +69,7 @@ def _costs(report: dict[str, Any], arm: str) -> str:
 def stops(study: Study, report: dict[str, Any]) -> list[str]:
     """One sentence per node that stopped, failed, was interrupted or is running, with its step.
 
-    Example: `Stopped: Teacher RL at step 8 of 40 (seed 0; bridge): guard truncation: 62% of the completions reached …`.
+    Example: `Stopped: Teacher RL at step 8 of 40 (seed 0; bridge): guard truncation: 62 % of the completions reached …`.
     """
     sentences = {}
     for failure, where in _by_node(report, "failed"):

@@ -8,12 +8,14 @@ from headwater.config.dense import Dense
 from headwater.models.prompts import with_context
 from headwater.runs.inputs import RunInputs
 from headwater.runs.tokenizers import token_pair
-from headwater.teachers.build import Teacher
+from headwater.teachers.build import TaggedTeachers, Teacher
 from headwater.teachers.translated import Supervisor, TranslatedTeacher, form_of
 
 
 def in_own_words(model: Teacher, roles: tuple[str, str], dense: Dense, inputs: RunInputs) -> Supervisor:
     """The model as the learner reads it: behind the prompts and in the token ids that the teacher reads.
+
+    Several teachers by tag have one tokenizer, and each its own chat template.
 
     roles  of the learner and of the teacher in the recipe
     """
@@ -21,11 +23,14 @@ def in_own_words(model: Teacher, roles: tuple[str, str], dense: Dense, inputs: R
     own_prompt, aligns = inputs.recipe.prompt.teacher is not None and learner == "student", dense.tokenizers != "same"
     if not (own_prompt or aligns):
         return model
-    pair = token_pair(inputs, learner, role) if aligns else None
-    prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
+    field = next(iter(inputs.recipe.models.named(role))).removeprefix("models.")
+    pair = token_pair(inputs, learner, field) if aligns else None
+    problems = {p.id: p for p in inputs.all_problems}
     contexts = inputs.contexts if learner == "student" else {}
 
     def prompt_ids(name: str) -> tuple[int, ...]:
+        reader = model.teachers[model.tags[name]] if isinstance(model, TaggedTeachers) else model
+        prompter = inputs.prompter(reader.tokenizer, "teacher")
         return with_context(prompter, inputs.recipe.prompt, contexts.get(name)).ids(problems[name])
 
     width = int(inputs.config(learner).get_text_config().vocab_size)

@@ -215,6 +215,18 @@ class Plan:
             first.setdefault(name, node)
         return list(first.values())
 
+    def arms_by_node(self) -> dict[str, list[str]]:
+        """Name of a node -> the arms that need it, in order; none for an evaluation of a base model.
+
+        Example: {"warmup.s0.1f3a5c7e": ["bridge", "exopd"], "base_student.s0.90ab12cd": []}.
+        """
+        arms: dict[str, list[str]] = {name: [] for name in self.names.values()}
+        for arm, by_seed in self.arms.items():
+            needed = {self.names[node] for last in by_seed.values() for node in last.ancestry() if last.kind == "train"}
+            for name in needed:
+                arms[name].append(arm)
+        return arms
+
     def is_done(self, node: Node, folder: RunDir) -> bool:
         """Whether the folder holds the node, finished and with this plan's fingerprint; a cache with all that is still to be read."""
         node_dir = folder.node(self.names[node])

@@ -122,15 +122,17 @@ class StageMeasurements:
         wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
         settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
         if schedule.problems == 0:
+            assert settings.max_share is not None  # nothing else leaves no problem
             say(
-                f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more than "
-                f"{settings.max_share:.0%} of the stage's FLOPs; conditions.problems and conditions.every measure it all the same"
+                f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more "
+                f"than {100 * settings.max_share:.0f} % of the stage's FLOPs; conditions.problems and conditions.every "
+                "measure it all the same"
             )
         elif share > NOTABLE_SHARE or (schedule.problems, schedule.every) != (wanted, settings.every):
             times = schedule.measurements(self.context.steps(self.node))
             say(
                 f"{stage}: condition C2 (how far student and teacher are apart) is measured {times} times on {schedule.problems} "
-                f"problems: at most {share:.0%} of the stage's FLOPs; conditions.problems: 0 turns it off"
+                f"problems: at most {100 * share:.0f} % of the stage's FLOPs; conditions.problems: 0 turns it off"
             )
 
     @cached_property

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, concatenate, truncate_to_top_k
+from headwater.losses.distributions import Distributions, Known, concatenate, truncate_to_top_k
 from headwater.losses.logprobs import tokens_at_once
-from headwater.losses.materialized import Exact, Grouped, Known, Sorted, TopK
+from headwater.losses.materialized import Exact, Grouped, Sorted, TopK
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from headwater.config.dense import Dense
 from headwater.config.guards import GUARDS, Guard, Guards
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.tasks.outcomes import Outcomes
@@ -56,7 +57,7 @@ class Measure:
     metrics      columns of metrics.jsonl; the worst of several counts
     series       window in steps -> the figure of a metric, step by step
     below        whether a value at or below the bound sounds the alarm, rather than one above it
-    description  the alarm in words; {figure} is replaced by the value
+    description  the alarm in words; {figure} is replaced by the value, {percent} by it in percent
     remedy       what to do about it, in a few words; {stage} is replaced by the stage's field
     windows      number of full windows that it compares; a stage must be long enough for them
     unless       a column whose presence disables the guard
@@ -155,14 +156,14 @@ MEASURES: dict[str, Measure] = {
         ("truncated",),
         _MEAN,
         below=False,
-        description="{figure:.0%} of the completions reached the token limit",
+        description="{percent:.0f} % of the completions reached the token limit",
         remedy="raise {stage}.sampling.max_tokens",
     ),
     "no_variance": Measure(
         ("informative",),
         _MEAN,
         below=True,
-        description="{figure:.0%} of the groups have rewards that differ",
+        description="{percent:.0f} % of the groups have rewards that differ",
         remedy="end the stage earlier, use harder or easier problems, or raise {stage}.group_size",
         explained=True,
     ),
@@ -207,11 +208,11 @@ class Alarm:
     def sentence(self, stage: StageOutcomes) -> str:
         """The alarm in words, with its remedy.
 
-        Example: `truncation: 62% of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
+        Example: `truncation: 62 % of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
         stages.opd.sampling.max_tokens`.
         """
         measure = MEASURES[self.guard]
-        description = measure.description.format(figure=self.figure)
+        description = measure.description.format(figure=self.figure, percent=100 * self.figure)
         cause, remedy = "", measure.remedy.format(stage=stage.field)
         if measure.explained:
             outcomes = stage.over(range(self.step - self.window + 1, self.step + 1))
@@ -321,10 +322,12 @@ class NoSignalGuard:
 
     steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
     pool   number of labels that the stage may look at
+    dense  the stage's settings of the teacher's signal; where it trains groups that are all wrong, their labels buy that
     """
 
-    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int) -> None:
-        self._step = guards.patience if guards.no_signal == "stop" and steps >= guards.patience else None
+    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int, dense: Dense) -> None:
+        stops = guards.no_signal == "stop" and steps >= guards.patience and not dense.trains_wrong_groups
+        self._step = guards.patience if stops else None
         self._stage, self._steps, self._pool = stage, steps, pool
         self._informative = False
 

@@ -158,7 +158,7 @@ def test_math500_evaluation_has_avg_pass_and_intervals(tmp_path: Path) -> None:
     result = call("eval", student(), "--data", MATH500, *options)
     assert result.code == 0, result.err
     assert result.out.startswith("20 problems, 40 completions")
-    for measure in ("avg@2", "pass@2", "95 % interval", "verdicts", "cut at the token limit"):
+    for measure in ("avg@2", "pass@2", "95% interval", "verdicts", "cut at the token limit"):
         assert measure in result.out
     assert len(rows(graded)) == 40
     first = json.loads(MATH500.read_text(encoding="utf-8").splitlines()[0])["problem"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,11 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
 from headwater.models.policy import Policy
 from headwater.sampling import vllm_sampler
+from headwater.sampling.torch_sampler import OomRetrySampler
 from headwater.sampling.vllm_sampler import (
     Engine,
     EnginePool,
+    VllmSampler,
     check_device_count,
     check_rank_count,
     engine_error,
@@ -112,6 +115,21 @@ def test_rank_count_without_whole_engines_is_refused() -> None:
     check_rank_count(2, 8)
     with pytest.raises(UserError, match=r"^compute\.vllm\.tensor_parallel_size: 3 does not divide the 8 processes"):
         check_rank_count(3, 8)
+
+
+def test_policy_of_one_rank_among_several_gets_embedded_sampler(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preflight runs on the first rank alone, and an engine would wait for the others."""
+    recipe = find_recipe("pocket", ["compute.sampler=vllm"])
+    assert isinstance(vllm_sampler.make_factory(recipe)(policy), VllmSampler)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    make_sampler = vllm_sampler.make_factory(recipe)
+    assert isinstance(make_sampler(policy), OomRetrySampler)
+    assert isinstance(make_sampler(replace(policy, ranks=ProcessGroup(0, 2))), VllmSampler)
+    with pytest.raises(UserError, match="3 does not divide the 2 processes"):
+        vllm_sampler.make_factory(find_recipe("pocket", ["compute.vllm.tensor_parallel_size=3"]))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> No
     result = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
     assert result.code == 0
     assert (
-        "student_rl on all (seed 0): warning truncation: 100% of the completions reached the token limit" in result.err
+        "student_rl on all (seed 0): warning truncation: 100 % of the completions reached the token limit" in result.err
     )
     assert result.err.count("warning truncation") == 1
     (row,) = rows(node(out, "direct_grpo", "student_rl") / "warnings.jsonl")
@@ -42,14 +42,15 @@ def test_guard_stop_exits_4_and_resumes_only_after_recipe_change(tmp_path: Path)
     result = tiny("run", out, "--arm", "direct_grpo", changes=stop)
     assert result.code == 4
     assert (
-        "student_rl, step 3 of 6: guard truncation: 100% of the completions" in result.err and "bound 0.5" in result.err
+        "student_rl, step 3 of 6: guard truncation: 100 % of the completions" in result.err
+        and "bound 0.5" in result.err
     )
     path = next(out.glob("nodes/student_rl.*"))
     metrics = rows(path / "metrics.jsonl")
     assert len(metrics) == 3 and [file.name for file in (path / "checkpoint").iterdir()] == ["000003"]
     # Run again it does not train on: the same sentence, the same files.
     again = tiny("run", out, "--arm", "direct_grpo", changes=stop)
-    assert again.code == 4 and "student_rl, step 3 of 6: guard truncation: 100% of" in again.err
+    assert again.code == 4 and "student_rl, step 3 of 6: guard truncation: 100 % of" in again.err
     assert rows(path / "metrics.jsonl") == metrics and len(rows(path / "warnings.jsonl")) == 1
     # With `warn` it goes on from the checkpoint, to what a run that only warned would have become.
     eased = tiny("run", out, "--arm", "direct_grpo", changes=CUT)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
 import torch
+from rich.console import Console
 
 from headwater.cli.dry_run import cost_table, json_row, memory_advice, notes
 from headwater.cli.options import DryRunOptions
@@ -37,6 +40,37 @@ def test_table_gives_time_on_this_machine() -> None:
         in text
     )
     assert "does not fit" in text and "an estimate from 40% of 1.00 GFLOP/s as measured just now" in text
+
+
+def test_table_of_several_arms_names_them_within_hundred_columns() -> None:
+    nodes = [
+        Estimate(
+            "teacher_rollouts.s10.1a2b",
+            8000,
+            1000,
+            999_000,
+            999_000,
+            flops=999e12,
+            bytes=999e9,
+            memory=holding(999e9),
+        ),
+        Estimate("opd.s10.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, memory=holding(5e9)),
+        Estimate("base_student.s10.5e6f", 0, 0, 1000, 0, flops=1e9, bytes=3e9, memory=holding(5e9)),
+    ]
+    arms_of = {
+        nodes[0].name: ["bridge", "exopd", "proximal", "first_tokens"],
+        nodes[1].name: ["length_schedule_compute"],
+        nodes[2].name: [],
+    }
+    table = cost_table(nodes, PLAIN, HERE, arms_of)
+    assert list(table.columns[-1].cells) == ["bridge +3", "length_schedule_compute", ""]
+    text = StringIO()
+    Console(file=text, width=100).print(table)
+    rows = text.getvalue().splitlines()
+    assert max(map(len, rows)) <= 100 and len([row for row in rows if ".s10" in row]) == 3
+    (row,) = (row for row in rows if "opd.s10" in row)
+    assert "10.0 min" in row and "length_schedule" in row
+    assert "at most" in rows[0] and "arms" not in [column.header for column in cost_table(nodes, PLAIN, HERE).columns]
 
 
 def test_named_device_gives_hours_from_its_datasheet() -> None:

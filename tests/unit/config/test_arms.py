@@ -254,7 +254,7 @@ def test_lora_warmup_trains_adapter_for_twice_as_many_steps() -> None:
     assert set(change) == {"warmup"} and set(change["warmup"]) == {"lora", "optim", "steps"}
     stage = stage_of(recipe_with(), arm_of("lora_warmup", recipe_with()).student[0])
     assert stage.lora is not None and (stage.lora.r, stage.steps) == (16, 160)
-    assert stage.optim.lr == pytest.approx(0.01)  # ten times the recipe's
+    assert stage.optim.lr == pytest.approx(0.003)  # three times the recipe's
 
 
 def test_bridge_plus_is_short_rl_and_every_prompt_together() -> None:
@@ -286,6 +286,16 @@ def test_every_prompt_leaves_grading_stages_alone() -> None:
     recipe = recipe_with("stages.opd={objective: mixed, sparse_share: 0.5, steps: 3, group_size: 4, batch_size: 8}")
     step = arm_of("every_prompt", recipe).student[-1]
     assert stage_of(recipe, step) == recipe.stages.opd
+
+
+def test_every_prompt_is_refused_beside_privileged_contexts() -> None:
+    privileged = ("data.labeled.columns.context=solution", "prompt.teacher={privileged: '{problem} {context}'}")
+    recipe = recipe_with("data.labeled={path: train.jsonl}", *privileged)
+    arm_of("bridge", recipe)
+    with pytest.raises(UserError, match=r"prompt.teacher.privileged: contexts may hold answers that the budget"):
+        arm_of("bridge_plus", recipe)
+    with pytest.raises(UserError, match=r"every does not go with prompt.teacher.privileged"):
+        recipe_with("data.labeled={path: train.jsonl}", *privileged, "stages.opd.prompts=every")
 
 
 def test_follow_ups_change_one_stage_of_bridge_or_bridge_rl() -> None:

@@ -258,7 +258,7 @@ def test_pair_with_two_tokenizers_is_aligned(tmp_path: Path) -> None:
     unwrapped = " ".join(line.strip().lstrip("# ") for line in text.splitlines())
     (share,) = re.findall(r"[\d.]+% of the student's vocabulary is the teacher's too", findings[0].evidence)
     assert re.search(r"100\.0% of the tokens of \d+ texts are aligned", unwrapped) and share in unwrapped
-    assert "tokenizers" not in written(data=data, task="sums")
+    assert "tokenizers: prefix" not in written(data=data, task="sums")
 
 
 def test_limit_of_prompts_holds_for_longer_template_of_teacher(tmp_path: Path) -> None:

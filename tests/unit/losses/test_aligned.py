@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headwater.losses import token_losses
 from headwater.losses.alignment import align
+from headwater.losses.comparison import Student
 from headwater.losses.distributions import (
     Aligned,
     FromHidden,
@@ -234,6 +235,13 @@ def spans_of(student_logits: Tensor, teacher_logits: Tensor, ids: tuple[int, ...
     return SpanLogp.of(spans, torch.stack(own), torch.stack(other))
 
 
+def compared(form: SpanLogp, student_logp_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(sampled reverse KL, the teacher's log-prob) of each token; spans read no other log-prob than the targets'."""
+    comparison = form.compare(Student(torch.empty(len(form), 0), student_logp_N), None, gradient=False)
+    assert comparison.kl_student_teacher_N is not None and comparison.teacher_logp_N is not None
+    return comparison.kl_student_teacher_N, comparison.teacher_logp_N
+
+
 @pytest.fixture
 def models() -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
@@ -247,7 +255,7 @@ def test_span_estimate_averages_to_kl_of_texts(models: tuple[Tensor, Tensor]) ->
     student, teacher = models
     exact = average = torch.zeros((), dtype=torch.float64)
     for ids, logp in rollouts(student):
-        kl_N, _ = spans_of(student, teacher, ids).compare(torch.stack(sequence_logp(student, ids)))
+        kl_N, _ = compared(spans_of(student, teacher, ids), torch.stack(sequence_logp(student, ids)))
         average = average + logp.exp() * kl_N.sum()
         text = b"".join(STUDENT_TOKENS[i] for i in ids)
         teacher_logp = torch.stack(sequence_logp(teacher, canonical(text, TEACHER_TOKENS))).sum()
@@ -266,7 +274,7 @@ def test_span_gradient_averages_to_gradient_of_span_divergence(models: tuple[Ten
     for ids, logp in rollouts(student):
         own = torch.stack(sequence_logp(student, ids))
         form = spans_of(student, teacher, ids)
-        _, teacher_logp_N = form.compare(own)
+        _, teacher_logp_N = compared(form, own)
         loss_N = token_losses.sampled_reverse_kl(own, own.detach(), teacher_logp_N, 0.2, 0.2)
         loss = loss + logp.exp().detach() * loss_N.sum()
         text = b"".join(STUDENT_TOKENS[i] for i in ids)
@@ -296,7 +304,7 @@ def test_gradient_of_self_delimiting_spans_is_unbiased() -> None:
     for own, size, goal in zip(tokens, sizes, teacher, strict=True):
         own_N = torch.stack(own)
         form = SpanLogp.of(align([b"x"] * size, [b"x" * size]), own_N.detach(), goal[None])
-        _, teacher_logp_N = form.compare(own_N)
+        _, teacher_logp_N = compared(form, own_N)
         loss_N = token_losses.sampled_reverse_kl(own_N, own_N.detach(), teacher_logp_N, 0.2, 0.2)
         loss = loss + own_N.sum().exp().detach() * loss_N.sum()
     by_loss, by_kl = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, exact))
@@ -306,7 +314,7 @@ def test_gradient_of_self_delimiting_spans_is_unbiased() -> None:
 def test_spans_of_one_token_are_sampled_tokens_bit_for_bit() -> None:
     own, other = torch.randn(7), torch.randn(7)
     spans = align([b"x"] * 7, [b"x"] * 7)
-    _, teacher_logp_N = SpanLogp.of(spans, own, other).compare(torch.randn(7))
+    _, teacher_logp_N = compared(SpanLogp.of(spans, own, other), torch.randn(7))
     assert torch.equal(teacher_logp_N, other)
 
 
@@ -315,13 +323,13 @@ def test_uncompared_tokens_have_advantage_zero() -> None:
     form = SpanLogp.of(spans, torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -9.0]))
     assert form.size_N.tolist() == [1, -1]
     own = torch.tensor([-1.1, -2.2])
-    kl_N, teacher_logp_N = form.compare(own)
+    kl_N, teacher_logp_N = compared(form, own)
     assert teacher_logp_N[1] == own[1] and kl_N.tolist() == pytest.approx([-0.6, 0.0])
 
 
 def test_measured_kl_is_shared_among_tokens_of_span() -> None:
     form = SpanLogp.of(align([b"a", b"b"], [b"ab"]), torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]))
-    kl_N, _ = form.compare(torch.tensor([-1.0, -2.0]))
+    kl_N, _ = compared(form, torch.tensor([-1.0, -2.0]))
     assert kl_N.sum().item() == pytest.approx(-3.0 + 0.5)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from headwater.config.dense import Dense
 from headwater.config.guards import Guards
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row
@@ -92,7 +93,9 @@ def silent(step: int, informative: float = 0.0, reward: float = 0.0) -> dict[str
     return {"step": step, "informative": informative, "reward": reward}
 
 
-def no_signal_guard(folder: Path, stop: bool = True, right: bool = False, steps: int = 10) -> NoSignalGuard:
+def no_signal_guard(
+    folder: Path, stop: bool = True, right: bool = False, steps: int = 10, prompts: str = "all"
+) -> NoSignalGuard:
     """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels; all verdicts are the same."""
     guards = Guards(no_signal="stop" if stop else "continue", patience=3)
     node = NodeDir(folder)
@@ -106,7 +109,15 @@ def no_signal_guard(folder: Path, stop: bool = True, right: bool = False, steps:
     for step in range(1, 4):
         graded = [{"correct": right, "reason": "different", "finish": "stop"}] * GROUP
         append_jsonl(node.rollouts(step), graded)
-    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), steps, 40)
+    dense = Dense.model_validate({"token_weights": {"prompts": prompts}})
+    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), steps, 40, dense)
+
+
+@pytest.mark.parametrize(("prompts", "stops"), [("all", True), ("pass_rate", True), ("all_wrong", False)])
+def test_no_signal_guard_spares_stage_that_trains_wrong_groups(prompts: str, stops: bool, tmp_path: Path) -> None:
+    guard = no_signal_guard(tmp_path, prompts=prompts)
+    assert (guard.check(silent(3)) is not None) == stops
+    assert (no_signal_guard(tmp_path, prompts=prompts).catch_up([silent(1), silent(2), silent(3)]) is not None) == stops
 
 
 @pytest.mark.parametrize(("informative", "grad_norm"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1)])

@@ -1,0 +1,35 @@
+"""Methods of dataclasses that hold one row per token: their number, some of them, and those of several values in sequence.
+
+A field holds one row per token if its name ends in a shape that begins with N (`logp_NV`, `size_N`); all others belong to every token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def _fields(form: object) -> dict[str, Any]:
+    return {name: value for name, value in vars(form).items() if value is not None and re.search(r"_N[A-Z0-9]*$", name)}
+
+
+def length(form: object) -> int:
+    return len(next(iter(_fields(form).values())))
+
+
+def rows(form: T, start: int, stop: int) -> T:
+    return replace(form, **{name: value[start:stop] for name, value in _fields(form).items()})  # type: ignore[type-var]
+
+
+def concatenate(form: T, others: Sequence[T], device: torch.device | None) -> T:
+    """The rows of this value and of others that share its other fields, on a device; None: on theirs."""
+    columns = {name: [value, *(vars(other)[name] for other in others)] for name, value in _fields(form).items()}
+    joined = {name: torch.cat(parts).to(device) for name, parts in columns.items()}
+    shared = {name: value.to(device) for name, value in vars(form).items() if isinstance(value, torch.Tensor)}
+    return replace(form, **shared | joined)  # type: ignore[type-var]
