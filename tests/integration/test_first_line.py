@@ -51,7 +51,9 @@ COMMANDS = {
 def ended_before_torch(folder: Path, commands: list[str], **variables: str) -> list[tuple[int, list[str]]]:
     """(exit code, lines on standard error) of each command."""
     program = [sys.executable, "-c", IMPORT_OF_TORCH_ENDS_PROGRAM, json.dumps(commands)]
-    done = subprocess.run(program, check=True, capture_output=True, timeout=120, cwd=folder, env=os.environ | variables)
+    done = subprocess.run(
+        program, check=True, capture_output=True, timeout=60 * len(commands), cwd=folder, env=os.environ | variables
+    )
     errors = [(folder / f"{number}.err").read_text(encoding="utf-8") for number in range(len(commands))]
     return list(zip(json.loads(done.stdout), map(str.splitlines, errors), strict=True))
 
