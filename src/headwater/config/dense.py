@@ -35,7 +35,8 @@ class TeacherWeights(Strict):
 
 
 class StartUpdate(Strict):
-    """How the model `start` follows the student while the stage trains: one of the two. Not with adapters or several ranks."""
+    """How the model `start` follows the student while the stage trains: one of the two. In one process. Under an adapter a copy of
+    the adapter follows."""
 
     every: Steps | None = None
     """Copy the student's weights every so many steps: a teacher that lags behind it."""

@@ -12,6 +12,7 @@ from typing import Any
 from headwater.config.arm import BRIDGE_1H, OPD, TEACHER_RL, TEACHER_RL_1H, WARMUP, Arm, Edit, Step, changed
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
+from headwater.errors import UserError
 
 
 def dense(**fields: Any) -> Edit:
@@ -51,9 +52,17 @@ def quarter(recipe: Recipe, stage: Stage) -> Stage:
 
 
 def every_prompt(recipe: Recipe, stage: Stage) -> Stage:
-    """Every problem of data.labeled as a prompt; of the teacher one cached rollout each. A stage that grades keeps its pool."""
+    """Every problem of data.labeled as a prompt; of the teacher one cached rollout each. A stage that grades keeps its pool.
+
+    Raises UserError for a recipe whose teacher reads privileged contexts: they may hold answers that the budget does not buy.
+    """
     if stage.needs_labels:
         return stage
+    if recipe.prompt.teacher is not None and recipe.prompt.teacher.privileged is not None:
+        raise UserError(
+            "prompt.teacher.privileged: contexts may hold answers that the budget does not buy, so no arm samples every prompt; "
+            "run another arm"
+        )
     return changed(stage, prompts="every", group_size=stage.group_size if stage.on_policy else 1)
 
 
@@ -163,7 +172,7 @@ _SPENDING: dict[str, Arm] = {
         same_compute=("bridge", "bridge"),
     ),
     "bridge_plus": Arm(
-        "short_rl and every_prompt together: the best combination at the bridge's labels and FLOPs",
+        "short_rl and every_prompt together, at the bridge's labels and FLOPs",
         "how far do the same labels and compute reach?",
         teacher=(replace(TEACHER_RL, edit=quarter),),
         student=(replace(WARMUP, edit=every_prompt), replace(OPD, edit=every_prompt)),

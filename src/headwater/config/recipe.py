@@ -237,12 +237,6 @@ class Recipe(Strict):
             raise ValueError(
                 f"task is missing: name the grader of the answers of {self.data.answers[0]}, such as maths"
             )
-        adapted = self.models.lora is not None and "student" in self.models.lora.roles
-        for name, stage in self.stages.named.items():
-            if adapted and stage.dense.start_update is not None:
-                raise ValueError(
-                    f"stages.{name}.dense.start_update: the start under an adapter cannot move; train all weights"
-                )
         contexts = [source for source in (self.data.labeled, self.data.unlabeled) if source and source.columns.context]
         if (self.prompt.teacher is not None and self.prompt.teacher.privileged is not None) != bool(contexts):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,24 @@ class Adapter:
             for layer in self.layers.values():
                 layer.set_adapter(TRAINED)
                 layer.enable_adapters(True)
+
+    def matrices(self) -> list[Tensor]:
+        """The weights that train: both matrices of each layer, in order."""
+        return [getattr(layer, part)[TRAINED].weight for layer in self.layers.values() for part in adapter_files.PAIRED]
+
+    @contextlib.contextmanager
+    def exchanged(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Run the model with other values of `matrices()`, without a gradient."""
+
+        def exchange() -> None:
+            for own, other in zip(self.matrices(), values, strict=True):
+                own.data, other.data = other.data, own.data
+
+        exchange()
+        try:
+            yield
+        finally:
+            exchange()
 
     def merged_weights(self, model: Any) -> Iterator[tuple[str, Tensor]]:
         """The model's weights under their usual names with the adapter added, one at a time; none is changed in place.
@@ -286,4 +304,20 @@ class ReferenceBody(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         with self.adapter.disabled():
+            return self.body[0](**inputs)
+
+
+class FollowingBody(nn.Module):
+    """An adapted model's body with a copy of its adapter, which can follow the one that trains (`training.moving_copy`)."""
+
+    def __init__(self, body: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.body = (body,)  # as in ReferenceBody
+        self.adapter = adapter
+        self.values = nn.ParameterList(
+            nn.Parameter(matrix.detach().clone(), requires_grad=False) for matrix in adapter.matrices()
+        )
+
+    def forward(self, **inputs: Any) -> Any:
+        with self.adapter.exchanged(list(self.values)):
             return self.body[0](**inputs)

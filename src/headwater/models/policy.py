@@ -143,6 +143,11 @@ class Policy:
         assert self.adapter is not None
         return replace(self, body=lora.ReferenceBody(self.body, self.adapter), adapter=None)
 
+    def following(self) -> Policy:
+        """An adapted policy with a copy of its adapter, on the same weights. Do not run it while the policy itself runs."""
+        assert self.adapter is not None
+        return replace(self, body=lora.FollowingBody(self.body, self.adapter), adapter=None)
+
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights under the model's own names, with an adapter added in; others are the tensors in memory.
 

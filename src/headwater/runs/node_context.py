@@ -107,13 +107,15 @@ class NodeContext:
         """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy.
 
         A copy that follows the policy (`dense.start_update`) is in float32, as the policy is: a small change would be rounded away.
+        Under an adapter it is a copy of the adapter alone.
         """
-        if policy.adapter is not None:
-            return policy.reference()
         assert node.settings is not None
-        if node.settings.dense.start_update is not None and not policy.ranks.single_process:
+        follows = node.settings.dense.start_update is not None
+        if follows and not policy.ranks.single_process:
             raise UserError(f"stages.{node.stage}.dense.start_update: runs in one process; leave torchrun out")
-        reference = self.load(node.start, frozen=node.settings.dense.start_update is None)
+        if policy.adapter is not None:
+            return policy.following() if follows else policy.reference()
+        reference = self.load(node.start, frozen=not follows)
         reference.model.requires_grad_(False).eval()
         return reference
 

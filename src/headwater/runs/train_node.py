@@ -39,7 +39,7 @@ from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoin
 from headwater.training.early_stopping import PlateauMonitor
 from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes, unchanged_teacher
 from headwater.training.loop import Source, StepResult, train_steps
-from headwater.training.moving_copy import MovingCopy
+from headwater.training.moving_copy import moving_copy
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
 from headwater.training.update import make_optimizer
 
@@ -109,7 +109,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     copy = (
         None
         if stage.dense.start_update is None or reference is None
-        else MovingCopy(reference.model, stage.dense.start_update)
+        else moving_copy(policy, reference, stage.dense.start_update)
     )
     source = rollout_source(node, context, policy, objective, reference, load_teacher, ahead)
     measurements = StageMeasurements(node, context, policy, load_teacher)
@@ -160,7 +160,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
         step = result.step
         row, stopped = result.metrics, result.stopped
         if copy is not None and stopped is None:
-            copy.follow(policy.model, step)
+            copy.follow(step)
         error = None if stopped is None else TrainingStoppedError(f"step {step} of {steps}: {stopped}")
         if error is None:
             try:

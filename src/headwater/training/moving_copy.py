@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch import Tensor
 
 from headwater.config.dense import StartUpdate
+from headwater.models.lora import FollowingBody
+from headwater.models.policy import Policy
 
 FILE = "start-copy.safetensors"
 """In a checkpoint's folder."""
@@ -17,13 +20,18 @@ FILE = "start-copy.safetensors"
 
 @dataclass(frozen=True)
 class MovingCopy:
-    """A model of the policy's architecture, whose weights follow the policy's. A checkpoint holds them too."""
+    """Weights that follow those of the policy. A checkpoint holds them too.
+
+    model     holds the copies: a model of the policy's architecture, or the values of an adapter
+    followed  the policy's own, in the same order
+    """
 
     model: Any
+    followed: tuple[Tensor, ...]
     settings: StartUpdate
 
     @torch.no_grad()
-    def follow(self, policy_model: Any, step: int) -> None:
+    def follow(self, step: int) -> None:
         """Take over weights after a step (from 1): all of them every `every` steps, or the share 1 − decay after each.
 
         Example: decay 0.9, copy 1, policy 2: 0.9 · 1 + 0.1 · 2 = 1.1.
@@ -31,7 +39,7 @@ class MovingCopy:
         share = 1.0 if self.settings.decay is None else 1.0 - self.settings.decay
         if self.settings.every is not None and step % self.settings.every:
             return
-        for own, new in zip(self.model.parameters(), policy_model.parameters(), strict=True):
+        for own, new in zip(self.model.parameters(), self.followed, strict=True):
             own.lerp_(new.to(own), share) if share < 1.0 else own.copy_(new)
 
     def save(self, folder: Path) -> None:
@@ -39,3 +47,14 @@ class MovingCopy:
 
     def load(self, folder: Path) -> None:
         load_model(self.model, str(folder / FILE))
+
+
+def moving_copy(policy: Policy, reference: Policy, settings: StartUpdate) -> MovingCopy:
+    """The weights in which a reference differs from the policy: all, or those of its adapter.
+
+    An average of adapters averages the two matrices of each pair, and not their product.
+    """
+    if policy.adapter is None:
+        return MovingCopy(reference.model, tuple(policy.model.parameters()), settings)
+    assert isinstance(reference.body, FollowingBody)
+    return MovingCopy(reference.body.values, tuple(policy.adapter.matrices()), settings)

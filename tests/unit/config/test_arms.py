@@ -288,6 +288,16 @@ def test_every_prompt_leaves_grading_stages_alone() -> None:
     assert stage_of(recipe, step) == recipe.stages.opd
 
 
+def test_every_prompt_is_refused_beside_privileged_contexts() -> None:
+    privileged = ("data.labeled.columns.context=solution", "prompt.teacher={privileged: '{problem} {context}'}")
+    recipe = recipe_with("data.labeled={path: train.jsonl}", *privileged)
+    arm_of("bridge", recipe)
+    with pytest.raises(UserError, match=r"prompt.teacher.privileged: contexts may hold answers that the budget"):
+        arm_of("bridge_plus", recipe)
+    with pytest.raises(UserError, match=r"every does not go with prompt.teacher.privileged"):
+        recipe_with("data.labeled={path: train.jsonl}", *privileged, "stages.opd.prompts=every")
+
+
 def test_follow_ups_change_one_stage_of_bridge_or_bridge_rl() -> None:
     recipe = recipe_with()
     for name in [name for name in FOLLOW_UPS if name.removesuffix("_compute") not in OTHER_STAGES]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from headwater.config.dense import StartUpdate
 from headwater.config.lora import Lora
 from headwater.config.recipe import parse_recipe
 from headwater.config.stage import Sampling
@@ -34,6 +35,7 @@ from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.run_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
+from headwater.training.moving_copy import moving_copy
 from headwater.training.update import make_optimizer, update
 from runs import load_json
 from tests.unit.sampling.test_decoder import hidden_states
@@ -166,6 +168,23 @@ def test_sampler_logp_equals_trainer_with_adapter(qwen3_folder: Path) -> None:
         rows = sampled_rows(policy, draw=9)
         drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in rows])
         assert (drawn - scores(policy, rows)).abs().mean().item() < near
+
+
+def test_copy_of_adapter_follows_on_same_base(qwen3_folder: Path) -> None:
+    """A lagged copy: it scores as the policy did when it was copied, whatever the policy trains meanwhile."""
+    policy = trained(qwen3_folder)
+    follower, rows = policy.following(), sampled_rows(policy, draw=5)
+    copy = moving_copy(policy, follower, StartUpdate(every=2))
+    assert follower.model is policy.model
+    before, optimizer = scores(policy, rows), make_optimizer(policy, GRPO.optim)
+    assert torch.equal(scores(follower, rows), before)
+    for step in (1, 2):
+        update(policy, optimizer, sampled_rows(policy, draw=step), objective_of(GRPO), GRPO, 4096)
+        after = scores(policy, rows)
+        assert furthest_apart(after, before) > 1e-3
+        copy.follow(step)
+        assert torch.equal(scores(follower, rows), before if step == 1 else after)
+        assert torch.equal(scores(policy, rows), after)
 
 
 def test_copy_of_weights_scores_as_adapted_policy(qwen3_folder: Path) -> None:

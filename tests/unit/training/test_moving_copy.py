@@ -18,24 +18,26 @@ def linear(value: float) -> torch.nn.Linear:
 
 
 def test_average_moves_by_share_of_policy() -> None:
-    copy = MovingCopy(linear(1.0), StartUpdate(decay=0.9))
-    copy.follow(linear(2.0), 1)
+    copy = MovingCopy(linear(1.0), (torch.tensor([[2.0]]),), StartUpdate(decay=0.9))
+    copy.follow(1)
     assert copy.model.weight.item() == pytest.approx(1.1)
-    copy.follow(linear(2.0), 2)
+    copy.follow(2)
     assert copy.model.weight.item() == pytest.approx(0.9 * 1.1 + 0.2)
 
 
 def test_lagged_copy_changes_every_so_many_steps() -> None:
-    copy = MovingCopy(linear(0.0), StartUpdate(every=3))
+    weight = torch.zeros(1, 1)
+    copy = MovingCopy(linear(0.0), (weight,), StartUpdate(every=3))
     seen = []
     for step in range(1, 7):
-        copy.follow(linear(float(step)), step)
+        weight.fill_(float(step))
+        copy.follow(step)
         seen.append(copy.model.weight.item())
     assert seen == [0.0, 0.0, 3.0, 3.0, 3.0, 6.0]
 
 
 def test_copy_is_saved_and_loaded(tmp_path: Path) -> None:
-    MovingCopy(linear(5.0), StartUpdate(every=1)).save(tmp_path)
-    other = MovingCopy(linear(0.0), StartUpdate(every=1))
+    MovingCopy(linear(5.0), (), StartUpdate(every=1)).save(tmp_path)
+    other = MovingCopy(linear(0.0), (), StartUpdate(every=1))
     other.load(tmp_path)
     assert other.model.weight.item() == 5.0
