@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -133,9 +132,9 @@ def test_cluster_after_loss_of_machine_gives_same_files(tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **agent_ports()})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        machine = cluster.add_node(num_cpus=1, **agent_ports())
+        machine = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         raylet = machine.all_processes["raylet"][0].process.pid
         lost: list[str] = []
@@ -162,16 +161,6 @@ def test_cluster_after_loss_of_machine_gives_same_files(tmp_path: Path) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
-
-
-def agent_ports() -> dict[str, int]:
-    """Ports of a node's agents: where they choose their own, the node waits 15 s for them, which a slow machine needs longer for."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-        return dict(zip(names, (free.getsockname()[1] for free in sockets), strict=True))
 
 
 def parent_of(pid: int) -> int | None:
