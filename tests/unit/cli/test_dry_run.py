@@ -7,8 +7,8 @@ from io import StringIO
 import torch
 from rich.console import Console
 
-from headwater.cli.dry_run import cost_table, json_row, memory_advice, notes
-from headwater.cli.options import DryRunOptions
+from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_table, notes
+from headwater.cli.options import DryRunOptions, dry_run_options
 from headwater.config.builtin import find_recipe
 from headwater.doctor.fit import device_here
 from headwater.runs.estimate import Estimate
@@ -78,6 +78,34 @@ def test_named_device_gives_hours_from_its_datasheet() -> None:
     device = Device(flops=1e9, memory=4e9, bandwidth=1e9, source="sheet")
     assert cost_table(NODES, options, device).columns[-1].header == "GPU-hours"
     assert "on 2 × h100: 0.19 GPU-hours, 0.096 hours" in "\n".join(notes(NODES, options, device))
+
+
+def test_memory_table_shows_parts_once_for_nodes_that_share_them() -> None:
+    nodes = [
+        Estimate(
+            "warmup.s0.1a2b", 0, 10, 0, 0, flops=1.0, bytes=1e9, memory=DeviceMemory(1e9, 2e9, 0, 4e9, 5e9, 6e9, 7e9)
+        ),
+        Estimate(
+            "opd.s0.3c4d", 0, 10, 0, 0, flops=1.0, bytes=1e9, memory=DeviceMemory(1e9, 2e9, 0, 4e9, 5e9, 6e9, 7e9)
+        ),
+        Estimate("base.s0.5e6f", 0, 0, 0, 0, flops=1.0, bytes=1e9, memory=DeviceMemory(0, 0, 3e9, 0, 0, 0, 0)),
+    ]
+    table = memory_table(nodes, "memory of each of 8 × h100")
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["node"] == ["warmup +1", "base"] and columns["peak"] == [
+        "16.0 GB",
+        "3.00 GB",
+    ]  # 1 + 2 + the larger of 9 and 13
+    assert columns["teachers"] == ["", "3.00 GB"] and columns["sampler"] == ["4.00 GB", ""]
+    text = StringIO()
+    Console(file=text, width=100).print(table)
+    assert max(map(len, text.getvalue().splitlines())) <= 100
+
+
+def test_device_is_named_in_either_case() -> None:
+    for text in ("8xH100", "8xh100", "8XH100"):
+        assert dry_run_options(True, text, None) == DryRunOptions("h100", 8, None)
+    assert dry_run_options(True, "A100-80", None) == DryRunOptions("a100-80", 1, None)
 
 
 def test_memory_advice_names_largest_node_and_unused_settings() -> None:
