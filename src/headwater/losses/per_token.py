@@ -5,7 +5,6 @@ A field holds one row per token if its name ends in a shape that begins with N (
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,7 +15,8 @@ T = TypeVar("T")
 
 
 def _fields(form: object) -> dict[str, Any]:
-    return {name: value for name, value in vars(form).items() if value is not None and re.search(r"_N[A-Z0-9]*$", name)}
+    shaped = {name: value for name, value in vars(form).items() if name.rpartition("_")[2].startswith("N")}
+    return {name: value for name, value in shaped.items() if value is not None}
 
 
 def length(form: object) -> int:
