@@ -124,8 +124,19 @@ def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path)
     assert "set guards.no_signal=continue to train on" in why
     assert "Traceback" not in result.err
     assert not list(out.glob("nodes/teacher_rl*/DONE")) and list(out.glob("nodes/base_teacher*/DONE"))
-    # What the sentence advises works in the same folder.
-    result = call("run", path, *WHOLE_ARM, "--out", out, "--set", "guards.no_signal=continue", "--json")
+    # What the sentence advises works in the same folder. The teacher has random weights and is near uniform.
+    result = call(
+        "run",
+        path,
+        *WHOLE_ARM,
+        "--out",
+        out,
+        "--set",
+        "guards.no_signal=continue",
+        "--set",
+        "guards.teacher_uniform=warn",
+        "--json",
+    )
     assert result.code == 0, result.err
     assert [path_.name.split(".")[0] for path_ in nodes(out, "bridge_rl")] == [
         "teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl",
