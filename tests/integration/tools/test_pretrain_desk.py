@@ -34,6 +34,7 @@ FEW = (
     "evaluate.samples=1",
     "evaluate.sampling.max_tokens=16",
     "guards.no_signal=continue",
+    "guards.teacher_uniform=warn",  # three steps of pretraining leave it uniform
     "compute.device=cpu",
     "compute.threads=1",
 )
