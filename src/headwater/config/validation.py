@@ -75,16 +75,17 @@ def _dotted(keys: Keys) -> str:
 
 
 def intended_field(keys: Keys, model: type[BaseModel]) -> str:
-    """A field of nearly the same name beside it, or the field of that name that is nearest to it in the schema."""
+    """The field of that name within its section, one of nearly the same name beside it, or that name's nearest in the schema."""
     *section, name = keys
     name = OTHER_NAMES.get(name, name)
     paths = [tuple(field.path.split(".")) for field in walk(model)]
     beside = [path[-1] for path in paths if len(path) == len(keys) and _matches(".".join(path[:-1]), tuple(section))]
     if name in beside:
         return f"; did you mean {name}?"
-    if close := did_you_mean(name, beside):
-        return close
     elsewhere = [path for path in paths if path[-1] == name]
+    within = [path for path in elsewhere if section and path[: len(section)] == tuple(section)]
+    if not within and (close := did_you_mean(name, beside)):
+        return close
     if not elsewhere:
         close_names = difflib.get_close_matches(name, {path[-1] for path in paths}, n=1, cutoff=0.8)
         elsewhere = [path for path in paths if path[-1] in close_names]
