@@ -292,5 +292,5 @@ def _mixture(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> T
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    # An event of probability 0 under the first distribution adds 0·log 0 = 0 to a divergence, not NaN.
-    return torch.where(a.isneginf(), torch.zeros_like(a), a - b)
+    # An event of probability 0 under the first distribution adds 0·log 0 = 0 to a divergence, not NaN. Its log may be −inf or LOWEST.
+    return torch.where(a <= LOWEST, torch.zeros_like(a), a - b)
