@@ -13,7 +13,8 @@ from headwater.doctor.checks import preflight
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import sweep_page
 from headwater.runs.display import ProgressDisplay
-from headwater.runs.estimate import Estimate, estimates
+from headwater.runs.estimate import estimates
+from headwater.runs.node_estimate import Estimate
 from headwater.runs.setup import prepared
 from headwater.runs.sweep import Point, Sweep, text_of
 from headwater.storage.run_dir import RunDir

@@ -131,14 +131,14 @@ def test_student_chooses_candidates_or_run_says_why_not(
         sent = [body["sampling_params"] for path, body in there.requests if path == "/inference/v1/generate"]
     assert result.code == 0, result.err
     assert result.err.count("the server does not score tokens that the student chooses") == (not scale_out)
-    asked = [request for request in sent if request["prompt_logprob_token_ids"] == [[0]]]  # whether it can
-    scored = [request["prompt_logprob_token_ids"] for request in sent if request not in asked]
-    assert asked and bool(scored) == scale_out
+    probes = [request for request in sent if request["prompt_logprob_token_ids"] == [[0]]]  # whether it can
+    scored = [request["prompt_logprob_token_ids"] for request in sent if request not in probes]
+    assert probes and bool(scored) == scale_out
     assert {len(ids) for rows_ in scored for ids in rows_} == ({4} if scale_out else set())
 
 
 @pytest.mark.many
-def test_two_ranks_score_ahead_on_slow_server_to_the_bit(pocket_teacher: Policy, tmp_path: Path) -> None:
+def test_two_ranks_score_ahead_on_slow_server_bit_for_bit(pocket_teacher: Policy, tmp_path: Path) -> None:
     good = Answering(pocket_teacher)
 
     def slow(path: str, body: dict[str, Any] | None) -> Any:

@@ -15,9 +15,10 @@ from headwater.doctor.checks import preflight
 from headwater.doctor.fit import device_here
 from headwater.models.shape import Shape
 from headwater.report.format import console, duration, units
-from headwater.runs.estimate import Assumptions, Estimate, estimates, model_shapes, total_seconds
+from headwater.runs.estimate import Assumptions, estimates, model_shapes
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node_estimate import Estimate, total_seconds
 from headwater.runs.plan import make_plan
 
 

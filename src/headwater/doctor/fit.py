@@ -38,9 +38,10 @@ from headwater.models.pair_figures import measure
 from headwater.models.prompts import Prompter
 from headwater.models.token_bytes import TokenBytes, TokenPair
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
-from headwater.runs.estimate import estimates, total_seconds
+from headwater.runs.estimate import estimates
 from headwater.runs.hardware import DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node_estimate import total_seconds
 from headwater.runs.plan import make_plan
 from headwater.runs.read_once import resized
 from headwater.tasks.registry import find_task

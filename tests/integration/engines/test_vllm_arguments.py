@@ -154,9 +154,7 @@ def test_engine_errors_name_lost_ranks_full_devices_and_models(
     assert re.match(sentence, str(result)) and "\n" not in str(result)
 
 
-def test_engine_that_samples_ahead_reads_weights_from_shared_file(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_sampling_ahead_reads_weights_from_shared_file(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     handed: dict[str, torch.Tensor] = {}
 
     class Reader(Recorded):

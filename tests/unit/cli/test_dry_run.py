@@ -11,9 +11,9 @@ from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_ta
 from headwater.cli.options import DryRunOptions, dry_run_options
 from headwater.config.builtin import find_recipe
 from headwater.doctor.fit import device_here
-from headwater.runs.estimate import Estimate
 from headwater.runs.hardware import DEVICES, Device
 from headwater.runs.memory_estimate import DeviceMemory
+from headwater.runs.node_estimate import Estimate
 
 
 def holding(peak: float) -> DeviceMemory:
@@ -80,7 +80,7 @@ def test_named_device_gives_hours_from_its_datasheet() -> None:
     assert "on 2 × h100: 0.19 GPU-hours, 0.096 hours" in "\n".join(notes(NODES, options, device))
 
 
-def test_memory_table_shows_parts_once_for_nodes_that_share_them() -> None:
+def test_memory_table_shows_shared_parts_once() -> None:
     nodes = [
         Estimate(
             "warmup.s0.1a2b", 0, 10, 0, 0, flops=1.0, bytes=1e9, memory=DeviceMemory(1e9, 2e9, 0, 4e9, 5e9, 6e9, 7e9)

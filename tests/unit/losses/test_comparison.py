@@ -56,7 +56,7 @@ def student_of(logits_NV: Tensor, closed: bool) -> Student:
 
 @pytest.mark.parametrize("form", forms())
 @pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "entropy aware", "sorted"])
-def test_gradient_of_every_form_is_that_of_autograd(form: str, name: str) -> None:
+def test_gradient_of_every_form_equals_autograd(form: str, name: str) -> None:
     divergence = {
         "reverse": token_losses.REVERSE, "forward": token_losses.FORWARD, "jsd": token_losses.jensen_shannon(0.3),
         "entropy aware": token_losses.entropy_aware(1.0), "sorted": token_losses.SORTED,

@@ -114,7 +114,7 @@ def no_signal_guard(
 
 
 @pytest.mark.parametrize(("prompts", "stops"), [("all", True), ("pass_rate", True), ("all_wrong", False)])
-def test_no_signal_guard_spares_stage_that_trains_wrong_groups(prompts: str, stops: bool, tmp_path: Path) -> None:
+def test_no_signal_guard_spares_stage_training_wrong_groups(prompts: str, stops: bool, tmp_path: Path) -> None:
     guard = no_signal_guard(tmp_path, prompts=prompts)
     assert (guard.check(silent(3)) is not None) == stops
     assert (no_signal_guard(tmp_path, prompts=prompts).catch_up([silent(1), silent(2), silent(3)]) is not None) == stops

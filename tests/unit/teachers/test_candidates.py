@@ -118,10 +118,10 @@ def test_local_teacher_by_tag_gives_form_of_served_one(policy: Policy, candidate
         remote = served(there.url, policy, candidates)
         tagged = TaggedTeachers({"here": teacher, "there": remote}, tags, lambda model: model, K, candidates=candidates)  # type: ignore[arg-type,return-value]
         mixed, alone = tagged.distributions(rollouts, 64), remote.distributions(rollouts, 64)
-    for ours, theirs in zip(mixed, alone, strict=True):
-        assert isinstance(ours, TopK) and isinstance(theirs, TopK) and torch.equal(ours.ids_NK, theirs.ids_NK)
-        torch.testing.assert_close(ours.logp_NK, theirs.logp_NK, atol=1e-5, rtol=0.0)
-        assert (ours.count_N is None) == (theirs.count_N is None)
+    for ours, single in zip(mixed, alone, strict=True):
+        assert isinstance(ours, TopK) and isinstance(single, TopK) and torch.equal(ours.ids_NK, single.ids_NK)
+        torch.testing.assert_close(ours.logp_NK, single.logp_NK, atol=1e-5, rtol=0.0)
+        assert (ours.count_N is None) == (single.count_N is None)
 
 
 def test_server_without_endpoint_refuses_in_its_words(policy: Policy) -> None:
