@@ -59,7 +59,7 @@ def comparisons(report: dict[str, Any]) -> Section | None:
     table = Table("Differences of accuracy, grouped by what is equal", _columns(report, named), rows)
     folded = Table("Every arm against the student before", _columns(report, others), others)
     view = {"table": table, "folded": folded if others else None, "interval_note": interval_note(report)}
-    return Section("Comparisons", "comparisons", view, tuple(_forests(report, named)))
+    return Section("Comparisons", "comparisons", view, tuple(forests(report, named, "contrasts", "Differences")))
 
 
 def _columns(report: dict[str, Any], contrasts: Sequence[dict[str, Any]]) -> list[Column]:
@@ -78,7 +78,7 @@ def _columns(report: dict[str, Any], contrasts: Sequence[dict[str, Any]]) -> lis
     ]
 
 
-def _forests(report: dict[str, Any], named: Sequence[dict[str, Any]]) -> Iterator[Plot]:
+def forests(report: dict[str, Any], named: Sequence[dict[str, Any]], stem: str, title: str) -> Iterator[Plot]:
     """A forest plot of the differences per evaluation, for figures/ only: the page shows the same in its tables."""
     for eval_name in report["evals"]:
         rows = [
@@ -88,5 +88,6 @@ def _forests(report: dict[str, Any], named: Sequence[dict[str, Any]]) -> Iterato
             if c["eval"] == eval_name
         ]
         if rows:
-            stem = figures.file_stem("contrasts", eval_name)
-            yield figures.forest(stem, f"Differences on {eval_name}", rows, "percentage points")
+            yield figures.forest(
+                figures.file_stem(stem, eval_name), f"{title} on {eval_name}", rows, "percentage points"
+            )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
 from headwater.config.arms import ARMS
 from headwater.config.follow_up_arms import FOLLOW_UPS
-from headwater.report import figures
 from headwater.report.contrasts import flops_ratio, group_by_equality, interval_note, reading
-from headwater.report.figures import Interval, Plot
+from headwater.report.figures import Interval
 from headwater.report.format import p_text, points
-from headwater.report.html_contrasts import MARKS
+from headwater.report.html_contrasts import MARKS, forests
 from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
 
 BASES = ("bridge", "bridge_rl")
@@ -46,18 +44,6 @@ def ideas(report: dict[str, Any]) -> Section | None:
     rows = [row for title, members in group_by_equality(contrasts) for row in (title, *members)]
     table = Table("Accuracy of each idea minus that of the arm it changes", columns, rows)
     view = {"table": table, "interval_note": interval_note(report)}
-    return Section("What each idea bought", "ideas", view, tuple(_forests(report, contrasts)))
-
-
-def _forests(report: dict[str, Any], contrasts: Sequence[dict[str, Any]]) -> Iterator[Plot]:
-    """The same as a figure per evaluation, for figures/ only."""
-    for eval_name in report["evals"]:
-        rows = [
-            (f"{c['a']} − {c['b']}", Interval(c["difference"], c["low"], c["high"], 0.0))
-            for _, members in group_by_equality(contrasts)
-            for c in members
-            if c["eval"] == eval_name
-        ]
-        if rows:
-            stem = figures.file_stem("ideas", eval_name)
-            yield figures.forest(stem, f"What each idea bought on {eval_name}", rows, "percentage points")
+    return Section(
+        "What each idea bought", "ideas", view, tuple(forests(report, contrasts, "ideas", "What each idea bought"))
+    )

@@ -13,7 +13,14 @@ from headwater.models.folder import ModelFolder
 from headwater.models.shape import Shape
 from headwater.runs.hardware import MODELS
 from headwater.runs.inputs import RunInputs
-from headwater.runs.memory_estimate import DeviceMemory, Held, gathered_bytes, held_bytes, pass_bytes, whole_copy_bytes
+from headwater.runs.memory_estimate import (
+    DeviceMemory,
+    ModelBytes,
+    gathered_bytes,
+    model_bytes,
+    pass_bytes,
+    whole_copy_bytes,
+)
 from headwater.runs.node_estimate import Estimate
 from headwater.runs.plan import Node, Plan, Role, base_of, scorers, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
@@ -266,13 +273,13 @@ class Estimator:
 
     def persistent_bytes(self, node: Node) -> float:
         """What a node holds from its start to its end, all devices together."""
-        return self.held(node).total
+        return self.model_bytes(node).total
 
-    def held(self, node: Node) -> Held:
+    def model_bytes(self, node: Node) -> ModelBytes:
         """What a node holds from its start to its end, all devices together, by part."""
         shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
         if node.kind != "train" or stage is None:
-            return held_bytes(None, 0, False, [shape], width)
+            return model_bytes(None, 0, False, [shape], width)
         objective, (adapter, _), lora = objective_of(stage), self.adapter_size(node), node.lora(self.inputs.recipe)
         queried = set(scorers(node))
         teacher = supervisor(node)
@@ -281,11 +288,11 @@ class Estimator:
         if "reference" in objective.signals:
             queried.add(node.start)
         frozen = [self.shape(source) for source in queried if source != node.start or not adapter]
-        return held_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
+        return model_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
 
     def device_memory(self, node: Node) -> DeviceMemory:
         """What a node holds on each device, by part. Weights and optimizer state are divided evenly over the devices (FSDP2)."""
-        parts, count, compute = self.held(node), self.assumptions.devices, self.inputs.recipe.compute
+        parts, count, compute = self.model_bytes(node), self.assumptions.devices, self.inputs.recipe.compute
         trains = node.kind == "train" and node.settings is not None
         ahead = bool(compute.overlap) and node.settings is not None and node.settings.on_policy and trains
         sampler, kv_cache = self.sampler_bytes(node, ahead)

@@ -13,7 +13,7 @@ FOUR_BITS = 0.5 + 0.5 / 64 + 4 / 64 / 256
 
 
 @dataclass(frozen=True)
-class Held:
+class ModelBytes:
     """Bytes that a node holds from its start to its end.
 
     weights    of the model that trains, with the copy in the compute dtype that autocast keeps of float32 ones
@@ -32,7 +32,9 @@ class Held:
         return self.weights + self.optimizer + self.frozen
 
 
-def held_bytes(trained: Shape | None, adapter: int, quantized: bool, frozen: Iterable[Shape], width: int) -> Held:
+def model_bytes(
+    trained: Shape | None, adapter: int, quantized: bool, frozen: Iterable[Shape], width: int
+) -> ModelBytes:
     """Weights, gradients and optimizer state, all devices together.
 
     trained    the model that trains; None where none does
@@ -48,19 +50,21 @@ def held_bytes(trained: Shape | None, adapter: int, quantized: bool, frozen: Ite
     scored = sum(float(shape.parameters * width) for shape in shapes)
     heads = sum(float(head_parameters(shape) * width) for shape in shapes)
     if trained is None:
-        return Held(frozen=scored, heads=heads)
+        return ModelBytes(frozen=scored, heads=heads)
     if adapter:
         linear = trained.linear_parameters * (FOUR_BITS if quantized else width)
         weights = linear + (trained.parameters - trained.linear_parameters) * width + adapter * 4.0
-        return Held(weights, adapter * 12.0, scored, heads)
-    return Held(trained.parameters * (4.0 + (width if width < 4 else 0)), trained.parameters * 12.0, scored, heads)
+        return ModelBytes(weights, adapter * 12.0, scored, heads)
+    return ModelBytes(
+        trained.parameters * (4.0 + (width if width < 4 else 0)), trained.parameters * 12.0, scored, heads
+    )
 
 
 def persistent_bytes(
     trained: Shape | None, adapter: int, quantized: bool, frozen: Iterable[Shape], width: int
 ) -> float:
-    """The sum of `held_bytes`."""
-    return held_bytes(trained, adapter, quantized, frozen, width).total
+    """The sum of `model_bytes`."""
+    return model_bytes(trained, adapter, quantized, frozen, width).total
 
 
 def head_parameters(shape: Shape) -> int:
@@ -91,7 +95,7 @@ def whole_copy_bytes(shape: Shape, width: int, trains: bool) -> float:
 class DeviceMemory:
     """Bytes on one device, by part. Sampling and training take turns, or with `both` go on at once (`compute.overlap`).
 
-    weights, optimizer, frozen  this device's shards of `Held`
+    weights, optimizer, frozen  this device's shards of `ModelBytes`
     sampler      what samples: a whole copy of the weights on several devices, or vLLM's share of the device
     kv_cache     of the embedded sampler; vLLM's is in its share
     gathered     weights of other devices' shards during a training pass

@@ -36,7 +36,7 @@ def contrast_metrics(rows: Sequence[Row], vocabulary: int, ranks: ProcessGroup) 
 def contrast(distribution: Distributions, vocabulary: int) -> float | None:
     """Mean of min(1, |log p + ln V| / ln V) over the tokens whose log-probs one distribution holds; None if it holds none.
 
-    It is 0 for a uniform distribution, also where only its top k are known, or tokens that somebody else chose; a mean log-prob
+    It is 0 for a uniform distribution, also where only its top k are known, or tokens that another model chose; a mean log-prob
     or an entropy could be near that of a uniform distribution by chance.
 
     Example: V = 4 and (½, ½, 0, 0): |−ln 2 + ln 4| / ln 4 = ½, and 1 where log p is −∞: ¾.

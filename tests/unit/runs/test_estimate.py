@@ -30,7 +30,7 @@ from headwater.runs.memory_estimate import (
     DeviceMemory,
     gathered_bytes,
     head_parameters,
-    held_bytes,
+    model_bytes,
     pass_bytes,
     persistent_bytes,
     whole_copy_bytes,
@@ -80,7 +80,7 @@ def test_device_memory_by_hand() -> None:
     assert gathered_bytes(shape, 4) == 4.0 * (2 * head + norms + layer)
     assert whole_copy_bytes(shape, 2, trains=True) == 2.0 * (36 * layer + head) + 6.0 * (head + norms)
     assert whole_copy_bytes(shape, 2, trains=False) == 2.0 * shape.parameters
-    parts = held_bytes(shape, 0, False, (shape,), 2)
+    parts = model_bytes(shape, 0, False, (shape,), 2)
     assert (parts.weights, parts.optimizer, parts.frozen, parts.heads) == (
         6.0 * shape.parameters, 12.0 * shape.parameters, 2.0 * shape.parameters, 2.0 * head,
     )  # fmt: skip
