@@ -20,12 +20,14 @@ from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION, Devic
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_estimate import Estimate, total_seconds
 from headwater.runs.plan import make_plan
+from headwater.runs.setup import set_up
 
 
 def print_dry_run(
     recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], options: DryRunOptions, as_json: bool
 ) -> None:
     """Print an estimate for every node. Raises UserError."""
+    set_up(recipe.compute)  # the rates of this machine are measured with the recipe's threads
     with RunInputs.for_estimate(recipe) as inputs:
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from io import StringIO
 
+import pytest
 import torch
 from rich.console import Console
 
-from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_table, notes
+from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_table, notes, print_dry_run
 from headwater.cli.options import DryRunOptions, dry_run_options
 from headwater.config.builtin import find_recipe
 from headwater.doctor.fit import device_here
@@ -123,6 +124,25 @@ def test_memory_advice_names_largest_node_and_unused_settings() -> None:
         f"(now {adapters.compute.microbatch_tokens}), compute.sample_batch (now {adapters.compute.sample_batch}), name a larger "
         "device or more of them with --on"
     )
+
+
+def test_rates_are_measured_with_threads_of_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more threads than free cores a product is measured up to twenty times too slow."""
+    before, measured = torch.get_num_threads(), []
+
+    def device(_: torch.device) -> Device:
+        measured.append(torch.get_num_threads())
+        return HERE
+
+    monkeypatch.setattr("headwater.cli.dry_run.device_here", device)
+    recipe = find_recipe("pocket-skills", [])
+    assert recipe.compute.threads == 1
+    torch.set_num_threads(2)
+    try:
+        print_dry_run(recipe, ["bridge"], [0], PLAIN, as_json=False)
+    finally:
+        torch.set_num_threads(before)
+    assert measured == [1]
 
 
 def test_rates_of_this_machine_are_plausible() -> None:
