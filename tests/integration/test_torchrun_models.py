@@ -110,6 +110,28 @@ def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: P
     assert len({row["sampler"] for row in cached}) == 2
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["weights", "adapter"])
+def test_moving_teacher_on_two_ranks_equals_one_and_resumes(adapter: bool, tmp_path: Path) -> None:
+    """The teacher follows the student, which reads fewer words, by a moving average that each rank holds in shards."""
+    if adapter and importlib.util.find_spec("peft") is None:
+        pytest.skip("the extra `lora` is not installed")
+    teacher = "stages.opd.dense={teacher_weights: {start: 1}, start_update: {decay: 0.5}}"
+    changes = (*CHANGES, *STEADY, teacher, "prompt.teacher={template: 'Solve: {problem}'}")
+    changes += ("models.lora={r: 4, roles: [student]}",) if adapter else ()
+    options = ("--arm", "opd_only")
+    single, two = one_and_two(tmp_path, *changes, options=options)
+    assert_alike(two, single)
+    broken = tmp_path / "broken"
+    ended = run_ranks(2, *command_of(broken, *changes), *options, faults={1: "step.begun:5=kill"})
+    assert [rank.code for rank in ended] == [4, -9], ended
+    assert list((node_of(broken, "opd") / "checkpoint").glob("*/start-copy/shard-*"))
+    for size in (2,) if adapter else (1, 2):
+        shutil.copytree(broken, tmp_path / str(size))
+        again = run_ranks(size, *command_of(tmp_path / str(size), *changes), *options)
+        assert [rank.code for rank in again] == [0] * size, again
+        assert_alike(tmp_path / str(size), single)
+
+
 def test_four_bit_weights_on_several_ranks_are_refused() -> None:
     wanted = AdapterSpec(Lora.model_validate({"quantize": "nf4"}), ("here",))
     with pytest.raises(UserError, match=r"^models\.lora\.quantize: four-bit weights run in one process"):

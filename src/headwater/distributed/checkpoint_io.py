@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Proc
     tensors = {f"{WEIGHT}{name}": tensor.detach() for name, tensor in checkpoint_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{STATE}{index}.{key}": value.detach() for key, value in state.items()}
+    save_tensors(tensors, folder, ranks)
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> None:
+    """Write this rank's shards of named tensors. All ranks must call it with the same folder."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     dcp.save(
         tensors,
@@ -105,14 +111,18 @@ def empty_state(optimizer: torch.optim.Optimizer, names: set[str]) -> dict[int, 
     return state
 
 
-def _load_unsharded(path: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Load this rank's shards of what a single process wrote."""
-    wanted = checkpoint_tensors(model)
+def load_unsharded(path: Path, tensors: Iterable[tuple[Tensor, list[str]]]) -> None:
+    """Fill tensors, each with all of its names, with this rank's shards of what a single process wrote."""
     with safe_open(path, framework="pt") as file, torch.no_grad():
-        for tensor, names in tensors_with_names(model):
-            if names[0] in wanted:
-                stored_name = next(name for name in names if name in file.keys())  # noqa: SIM118
-                tensor.copy_(local_shard(file.get_tensor(stored_name), tensor))
+        for tensor, names in tensors:
+            stored_name = next(name for name in names if name in file.keys())  # noqa: SIM118
+            tensor.copy_(local_shard(file.get_tensor(stored_name), tensor))
+
+
+def _load_unsharded(path: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Load this rank's shards of a checkpoint that a single process wrote."""
+    wanted = checkpoint_tensors(model)
+    load_unsharded(path, [(tensor, names) for tensor, names in tensors_with_names(model) if names[0] in wanted])
     slots: dict[int, dict[str, Tensor]] = {}
     numbered, optimizer_path = parameters(optimizer), path.with_name(OPTIMIZER_FILE)
     if optimizer_path.exists():

@@ -191,6 +191,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, in the same memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_lost_process(error: BaseException) -> bool:
     """Whether an exception means that another process no longer answers."""
     return isinstance(error, LostProcessError) or (

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headwater import seeds
 from headwater.config.lora import Lora
-from headwater.distributed.process_group import full_tensor
+from headwater.distributed.process_group import full_tensor, local_tensor
 from headwater.errors import UserError
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
@@ -109,11 +109,18 @@ class Adapter:
 
     @contextlib.contextmanager
     def exchanged(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Run the model with other values of `matrices()`, without a gradient."""
+        """Run the model with other values of `matrices()`, without a gradient.
 
+        Values change places in memory: FSDP2 gathers a sharded matrix from the memory that it began with.
+        """
+
+        @torch.no_grad()
         def exchange() -> None:
             for own, other in zip(self.matrices(), values, strict=True):
-                own.data, other.data = other.data, own.data
+                mine, others = local_tensor(own), local_tensor(other)
+                kept = mine.clone()
+                mine.copy_(others)
+                others.copy_(kept)
 
         exchange()
         try:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, full_tensor
@@ -133,6 +134,24 @@ class Policy:
         if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
             return LinearHead(head.weight, head.bias, self.compute_dtype)
         return self._through_head
+
+    @property
+    def has_whole_head(self) -> bool:
+        """Whether this rank holds all weights of the head, between passes too."""
+        weights = self.head.parameters() if isinstance(self.head, nn.Module) else ()
+        return not any(isinstance(parameter, DTensor) for parameter in weights)
+
+    @torch.no_grad()
+    def whole_head(self) -> Head:
+        """The head for use outside the policy's own passes. Sharded weights are gathered anew: all ranks must call it."""
+        head = self.logits
+        if not isinstance(head, LinearHead) or self.has_whole_head:
+            return head
+        weight_VH, bias_V = (
+            None if own is None else full_tensor(own.to(head.dtype)) for own in (head.weight_VH, head.bias_V)
+        )
+        assert weight_VH is not None
+        return LinearHead(weight_VH, bias_V, head.dtype)
 
     def _through_head(self, hidden: Tensor) -> Tensor:
         with self.autocast():

@@ -10,7 +10,7 @@ from typing import Any
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import TrainingStoppedError, UserError
+from headwater.errors import TrainingStoppedError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
@@ -111,8 +111,6 @@ class NodeContext:
         """
         assert node.settings is not None
         follows = node.settings.dense.start_update is not None
-        if follows and not policy.ranks.single_process:
-            raise UserError(f"stages.{node.stage}.dense.start_update: runs in one process; leave torchrun out")
         if policy.adapter is not None:
             return policy.following() if follows else policy.reference()
         reference = self.load(node.start, frozen=not follows)

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from headwater.config.stage import Sampling
+from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
 from headwater.models.fsdp import copy_weights
 from headwater.models.policy import Policy
@@ -75,12 +76,12 @@ class AheadSampler:
             self._rollouts = [rollout for part in self._policy.ranks.all_gather(own) for rollout in part]
         return self._rollouts
 
-    def save(self, folder: Path) -> None:
-        """Write the rollouts that `wait` returned into a checkpoint's folder."""
-        if self._rollouts is not None:
+    def save(self, folder: Path, ranks: ProcessGroup) -> None:
+        """Write the rollouts that `wait` returned into a checkpoint's folder; all ranks hold the same."""
+        if ranks.is_main and self._rollouts is not None:
             write_json(folder / FILE, [asdict(rollout) for rollout in self._rollouts])
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, ranks: ProcessGroup) -> None:
         """Continue with a checkpoint's rollouts: what is resumed equals what was not interrupted."""
         if (folder / FILE).exists():
             self._rollouts = [rollout_of(fields) for fields in read_json(folder / FILE)]

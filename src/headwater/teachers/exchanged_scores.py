@@ -30,7 +30,7 @@ def scores_travel(teacher: Supervisor | ComposedTeacher) -> bool:
     if isinstance(teacher, TranslatedTeacher):
         return teacher.pair is None and teacher.form != "sorted" and scores_travel(teacher.model)
     parts = teacher.teachers.values() if isinstance(teacher, TaggedTeachers) else [teacher]
-    return all(isinstance(part, (Policy, ServedTeacher)) for part in parts)
+    return all(isinstance(part, ServedTeacher) or (isinstance(part, Policy) and part.has_whole_head) for part in parts)
 
 
 def on_group(teacher: Supervisor, ranks: ProcessGroup) -> Supervisor:

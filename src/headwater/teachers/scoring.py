@@ -72,10 +72,8 @@ def distributions_of(teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollou
     """Teacher distributions at every completion token, one per rollout; a policy's are exact and stored as hidden states."""
     if not isinstance(teacher, Policy):
         return teacher.distributions(rollouts, tokens)
-    return [
-        FromHidden(hidden, teacher.logits, rollout.temperature)
-        for rollout, hidden in zip(rollouts, hidden_of(teacher, rollouts, tokens), strict=True)
-    ]
+    hidden, head = hidden_of(teacher, rollouts, tokens), teacher.whole_head()
+    return [FromHidden(own, head, rollout.temperature) for rollout, own in zip(rollouts, hidden, strict=True)]
 
 
 def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:

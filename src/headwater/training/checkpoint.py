@@ -27,10 +27,10 @@ KEPT = 2
 
 
 class CheckpointPart(Protocol):
-    """State of a stage besides weights and optimizer, which writes its own file. Only the first rank saves; every rank loads."""
+    """State of a stage besides weights and optimizer, which writes its own file. Every rank saves and loads, in the same folder."""
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def save(self, folder: Path, ranks: ProcessGroup) -> None: ...
+    def load(self, folder: Path, ranks: ProcessGroup) -> None: ...
 
 
 def save_checkpoint(
@@ -48,7 +48,10 @@ def save_checkpoint(
     shard into the first rank's folder.
     """
     if not ranks.is_main:
-        checkpoint_io.save(Path(ranks.broadcast("")), model, optimizer, ranks)
+        shared = Path(ranks.broadcast(""))
+        checkpoint_io.save(shared, model, optimizer, ranks)
+        for part in parts:
+            part.save(shared, ranks)
         ranks.broadcast(None)  # wait until the checkpoint is complete
         return
     before = [int(path.name) for path in node.checkpoints() if int(path.name) < step]
@@ -61,7 +64,7 @@ def save_checkpoint(
             ranks.broadcast(str(folder.resolve()))
             checkpoint_io.save(folder, model, optimizer, ranks)
         for part in parts:
-            part.save(folder)
+            part.save(folder, ranks)
         fault_points.failpoint("checkpoint.optimizer")
         marks, groups = (logs or Logs(node.logs)).marks(), optimizer.state_dict()["param_groups"]
         write_json(folder / "state.json", {"step": step, "param_groups": groups, "logs": marks})
@@ -127,7 +130,7 @@ def load_checkpoint(
     state = read_json(folder / "state.json")
     checkpoint_io.load(folder, state, model, optimizer, ranks)
     for part in parts:
-        part.load(folder)
+        part.load(folder, ranks)
     return int(state["step"])
 
 

@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor
 
 from headwater.config.dense import StartUpdate
+from headwater.distributed import checkpoint_io
+from headwater.distributed.process_group import ProcessGroup, local_tensor
 from headwater.models.lora import FollowingBody
 from headwater.models.policy import Policy
 
-FILE = "start-copy.safetensors"
-"""In a checkpoint's folder."""
+FILE, SHARDS = "start-copy.safetensors", "start-copy"
+"""In a checkpoint's folder: what a single process writes, and the folder of what several ranks write."""
 
 
 @dataclass(frozen=True)
 class MovingCopy:
-    """Weights that follow those of the policy. A checkpoint holds them too.
+    """Weights that follow those of the policy. A checkpoint holds them too. With several ranks each holds its shards.
 
     model     holds the copies: a model of the policy's architecture, or the values of an adapter
-    followed  the policy's own, in the same order
+    followed  the policy's own, in the same order, sharded alike
     """
 
     model: Any
@@ -40,13 +42,23 @@ class MovingCopy:
         if self.settings.every is not None and step % self.settings.every:
             return
         for own, new in zip(self.model.parameters(), self.followed, strict=True):
-            own.lerp_(new.to(own), share) if share < 1.0 else own.copy_(new)
+            mine, policys = local_tensor(own), local_tensor(new)
+            mine.lerp_(policys.to(mine), share) if share < 1.0 else mine.copy_(policys)
 
-    def save(self, folder: Path) -> None:
-        save_model(self.model, str(folder / FILE))
+    def save(self, folder: Path, ranks: ProcessGroup) -> None:
+        if ranks.single_process:
+            save_model(self.model, str(folder / FILE))
+        else:
+            checkpoint_io.save_tensors(self._tensors(), folder / SHARDS, ranks)
 
-    def load(self, folder: Path) -> None:
-        load_model(self.model, str(folder / FILE))
+    def load(self, folder: Path, ranks: ProcessGroup) -> None:
+        if (folder / FILE).exists():
+            checkpoint_io.load_unsharded(folder / FILE, checkpoint_io.tensors_with_names(self.model))
+        else:
+            checkpoint_io.load_tensors(self._tensors(), folder / SHARDS, ranks)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {names[0]: tensor.detach() for tensor, names in checkpoint_io.tensors_with_names(self.model)}
 
 
 def moving_copy(policy: Policy, reference: Policy, settings: StartUpdate) -> MovingCopy:

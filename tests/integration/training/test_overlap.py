@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from forked_ranks import run_ranks
 from forked_runs import warm_runs
 from headwater.config.stage import Sampling
+from headwater.distributed.process_group import SINGLE_PROCESS
 from headwater.models.policy import Policy
 from headwater.sampling.ahead import AheadSampler, one_at_a_time
 from headwater.sampling.base import OnFinished, Request, requests_for
@@ -94,16 +95,16 @@ def test_checkpoint_holds_next_rollouts_bit_for_bit(policy: Policy, tmp_path: Pa
     ahead.prepare((requests(1), sampling))
     ahead.sample(requests(0), sampling)
     pending = ahead.wait()
-    ahead.save(tmp_path)
+    ahead.save(tmp_path, SINGLE_PROCESS)
     ahead.close()
     calls: list[tuple[bool, float]] = []
     resumed = ahead_of(tiny_policy(seed=9), calls)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, SINGLE_PROCESS)
     resumed.prepare(None)
     assert resumed.sample(requests(1), sampling) == pending and calls == []
     resumed.close()
     other = ahead_of(policy, [])
-    other.load(tmp_path)
+    other.load(tmp_path, SINGLE_PROCESS)
     with pytest.raises(Exception, match="the checkpoint's rollouts are not those of the next step"):
         other.sample(requests(1)[:2], sampling)
     other.close()

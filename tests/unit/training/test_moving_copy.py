@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headwater.config.dense import StartUpdate
+from headwater.distributed.process_group import SINGLE_PROCESS
 from headwater.training.moving_copy import MovingCopy
 
 
@@ -37,7 +38,7 @@ def test_lagged_copy_changes_every_so_many_steps() -> None:
 
 
 def test_copy_is_saved_and_loaded(tmp_path: Path) -> None:
-    MovingCopy(linear(5.0), (), StartUpdate(every=1)).save(tmp_path)
+    MovingCopy(linear(5.0), (), StartUpdate(every=1)).save(tmp_path, SINGLE_PROCESS)
     other = MovingCopy(linear(0.0), (), StartUpdate(every=1))
-    other.load(tmp_path)
+    other.load(tmp_path, SINGLE_PROCESS)
     assert other.model.weight.item() == 5.0
