@@ -1,0 +1,109 @@
+"""Map where the paper's third claim holds: unused labels after the bridge help, and matched replay does not.
+
+    python -m benchmarks.third_claim --out DIR --seeds 0,1,2
+
+A cell is a study of bridge_1h, bridge_rl and replay on the task `skills`: so many skills, so many labels, and settings of student RL
+or of the bridge. The teacher takes 80 steps in every cell. DIR/table.md has the cells that finished; the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import interval, table
+from benchmarks.ten_settings import headwater
+from headwater.report.contrasts import reading
+from headwater.report.format import count, points
+from headwater.storage.run_dir import RunDir, write_atomic
+
+SETTINGS = {
+    "plain": "",
+    "KL to its start, 0.05": "stages.student_rl.sparse.kl_coef=0.05",
+    "3 × the learning rate": "stages.student_rl.optim.lr=3.0e-4",
+    "entropy-aware bridge": "stages.opd.dense.divergence=entropy_aware",
+}
+"""Changes of the recipe by setting."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    skills: int
+    labels: int
+    setting: str = "plain"
+
+    @property
+    def folder(self) -> str:
+        number = list(SETTINGS).index(self.setting)
+        return f"{self.skills}-{self.labels}" + (f"-{number}" if number else "")
+
+    @property
+    def covered(self) -> float:
+        """Expected share of problems whose skill is among those of the first half of the labels: 1 − (1 − 1/K)^n.
+
+        Example: K = 96 skills and n = 64 labels: 49 %.
+        """
+        return 1.0 - (1.0 - 1.0 / self.skills) ** (self.labels // 2)
+
+    @property
+    def changes(self) -> list[str]:
+        dials = [f"data.{source}.generate.dials.skills={self.skills}" for source in ("labeled", "evals.skills")]
+        teacher = ["stages.teacher_rl.epochs=null", "stages.teacher_rl.steps=80", "guards.no_signal=continue"]
+        setting = [SETTINGS[self.setting]] if SETTINGS[self.setting] else []
+        return [*teacher, f"labels.budget={self.labels}", *dials, "conditions.problems=0", *setting]
+
+
+CELLS = [
+    *(Cell(skills, labels) for skills in (96, 48, 8) for labels in (64, 128, 256)),
+    *(Cell(skills, 128, setting) for skills in (96, 48) for setting in list(SETTINGS)[1:]),
+]
+
+
+def run(cell: Cell, out: Path, seeds: str) -> None:
+    plain = out / Cell(cell.skills, cell.labels).folder
+    reuse = ["--reuse", str(plain)] if cell.setting != "plain" and RunDir(plain).plan.exists() else []
+    options = [word for change in cell.changes for word in ("--set", change)]
+    headwater(
+        "study", "pocket-skills", "--arms", "bridge_1h,bridge_rl,replay", "--seeds", seeds,
+        "--out", str(out / cell.folder), "--json", *options, *reuse,
+    )  # fmt: skip
+
+
+def row(cell: Cell, report: dict[str, Any]) -> list[str]:
+    pairs = {(contrast["a"], contrast["b"]): contrast for contrast in report["contrasts"]}
+    chosen = [pairs[pair] for pair in (("bridge_rl", "bridge_1h"), ("replay", "bridge_1h"), ("bridge_rl", "replay"))]
+    third = next(prediction for prediction in report["predictions"] if prediction["name"] == "P3")
+    bridge = report["arms"]["bridge_1h"]["accuracy"][report["evals"][0]]
+    return [
+        str(cell.skills), count(cell.labels), f"{cell.covered:.0%}", cell.setting, f"{100 * bridge['mean']:.1f}",
+        *(f"{points(contrast['difference'])} {interval(contrast, points)} {reading(contrast)}" for contrast in chosen),
+        third["reading"],
+    ]  # fmt: skip
+
+
+def markdown(reports: dict[Cell, dict[str, Any]]) -> str:
+    """The table of docs/results.md."""
+    head = ["skills", "labels", "1H covers", "student RL", "`bridge_1h`, %"]
+    head += ["`bridge_rl` − `bridge_1h`", "`replay` − `bridge_1h`", "`bridge_rl` − `replay`", "P3 as written"]
+    return table(head, [row(cell, report) for cell, report in reports.items()]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    options = parser.parse_args()
+    reports: dict[Cell, dict[str, Any]] = {}
+    for cell in CELLS:
+        run(cell, options.out, options.seeds)
+        reports[cell] = json.loads((options.out / cell.folder / "report.json").read_text(encoding="utf-8"))
+        print(cell.folder, flush=True)
+        write_atomic(options.out / "table.md", markdown(reports))
+    print(markdown(reports))
+
+
+if __name__ == "__main__":
+    main()
