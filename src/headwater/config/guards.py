@@ -56,7 +56,7 @@ class Guards(Strict):
     teacher_uniform: Guard
     """The log-probs of the teacher's tokens differ from −ln V, those of a uniform distribution, by at most `bound` · ln V."""
     teacher_jump: Guard
-    """Between two windows the median KL to the teacher has moved by more than `bound` times its spread over the first of them."""
+    """Between two windows the median KL to a served teacher has moved by more than `bound` times its spread over the first of them."""
 
     @model_validator(mode="before")
     @classmethod

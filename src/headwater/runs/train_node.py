@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+from headwater.config.guards import Guards
+from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import StopRequested, TrainingStoppedError, UserError
 from headwater.losses.batch import Row
@@ -33,6 +35,7 @@ from headwater.teachers.cache import read_cache
 from headwater.teachers.composed import ComposedTeacher, gain, product
 from headwater.teachers.exchanged_scores import on_group, scores_travel
 from headwater.teachers.served_teacher import NO_CANDIDATES
+from headwater.teachers.server_client import is_served
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
@@ -91,6 +94,14 @@ def sampling_ahead(node: Node, context: NodeContext, policy: Policy, steps: int)
         ahead.close()
 
 
+def guards_of(recipe: Recipe) -> Guards:
+    """The recipe's guards without `teacher_jump` where every teacher is in this process: its weights change only as the recipe says."""
+    if any(is_served(name) for name in recipe.models.named("teacher").values()):
+        return recipe.guards
+    off = recipe.guards.teacher_jump.model_copy(update={"action": "off"})
+    return recipe.guards.model_copy(update={"teacher_jump": off})
+
+
 def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ahead: AheadSampler | None = None) -> int:
     """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
 
@@ -124,7 +135,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     progress.start(done, steps, "steps")
 
     outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
-    guards = GuardMonitor(recipe.guards, outcomes, steps, progress.warn)
+    guards = GuardMonitor(guards_of(recipe), outcomes, steps, progress.warn)
     pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
     no_signal = NoSignalGuard(recipe.guards, outcomes, steps, pool, stage.dense)
     plateau = PlateauMonitor(stage.until, folder.metrics)

@@ -256,3 +256,15 @@ def test_logs_are_synced_before_their_checkpoint(
         synced[:first]
     )
     assert str(node.checkpoint(3).parent) in synced[first:]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "action"),
+    [("pocket:qwen3-teacher", "off"), ("http://localhost:8000", "stop"), ("{a: 'pocket:x', b: 'http://h:1'}", "stop")],
+)
+def test_jump_is_looked_for_only_in_served_teachers(teacher: str, action: str) -> None:
+    """The KL to a teacher in this process jumps where the student collapses, or the teacher follows it."""
+    recipe = find_recipe("pocket", [f"models.teacher={teacher}", "models.expert=null"])
+    guards = train_node.guards_of(recipe)
+    assert guards.teacher_jump.action == action
+    assert guards.model_copy(update={"teacher_jump": recipe.guards.teacher_jump}) == recipe.guards
