@@ -46,6 +46,8 @@ LABELS = {
 }
 LOG_SECONDS = 60.0
 """Time between two lines of a running node in a log file."""
+FIRST_SHARE = 0.02
+"""Share of the units that must be done before the time left is estimated: the first completion of a batch ends long before the others."""
 WIDE = 110
 """Characters of a line with the longest title, without metrics."""
 
@@ -200,7 +202,8 @@ class Log:
             return None
         self.last_line = now
         done = self.done - self.first
-        left = f", {in_words((self.total - self.done) * (now - self.began) / done)} left" if done else ""
+        known = done > 0 and done >= FIRST_SHARE * (self.total - self.first)
+        left = f", {in_words((self.total - self.done) * (now - self.began) / done)} left" if known else ""
         return f"{self.head}: {self.done} of {self.total} {self.unit}{left}  {metrics}".rstrip()
 
 

@@ -83,6 +83,9 @@ def test_log_gives_no_time_left_before_first_result() -> None:
     log = Log("[1/6] base_student (seed 0)", began=0.0)
     log.start(0, 10, "completions", now=0.0)
     assert log.advance(0, "", now=90.0) == "[1/6] base_student (seed 0): 0 of 10 completions"
+    log.start(0, 200, "completions", now=100.0)  # sampled in batches: most end long after the first
+    assert log.advance(1, "", now=160.0) == "[1/6] base_student (seed 0): 1 of 200 completions"
+    assert log.advance(49, "", now=220.0) == "[1/6] base_student (seed 0): 50 of 200 completions, about 6 min left"
 
 
 def test_warning_is_shown_once_for_all_seeds(capsys: pytest.CaptureFixture[str]) -> None:
