@@ -47,7 +47,7 @@ LABELS = {
 LOG_SECONDS = 60.0
 """Time between two lines of a running node in a log file."""
 FIRST_SHARE = 0.02
-"""Share of the units that must be done before the time left is estimated: the first completion of a batch ends long before the others."""
+"""Share of the units that must be done before the time left is estimated: most completions of a batch end long after its first."""
 WIDE = 110
 """Characters of a line with the longest title, without metrics."""
 
