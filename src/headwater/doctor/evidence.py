@@ -38,9 +38,13 @@ class Evidence:
 
 MEASURED = (
     Evidence("bridge_plus", "bridge", 14.1, 11.9, 16.3, 10, "pocket", needs_prompts=True),
-    Evidence("proximal", "bridge", 0.3, -1.3, 1.8, 5, "pocket", needs_prompts=False),
-    Evidence("exopd_start", "bridge", 0.2, -0.9, 1.4, 5, "pocket", needs_prompts=False),
-    Evidence("entropy_aware", "bridge", -0.1, -1.3, 1.0, 5, "pocket", needs_prompts=False),
+    Evidence("every_prompt", "bridge", 8.6, 6.1, 11.0, 5, "pocket", needs_prompts=True),
+    Evidence("short_rl", "bridge", 0.7, -0.8, 2.1, 5, "pocket", needs_prompts=False),
+    Evidence("entropy_aware", "bridge", 0.3, -1.1, 1.6, 5, "pocket", needs_prompts=False),
+    Evidence("exopd_start", "bridge", 0.2, -0.5, 0.8, 5, "pocket", needs_prompts=False),
+    Evidence("soft_or", "bridge", 0.1, -0.8, 1.0, 5, "pocket", needs_prompts=False),
+    Evidence("length_schedule", "bridge", 0.1, -1.1, 1.5, 5, "pocket", needs_prompts=False),
+    Evidence("proximal", "bridge", -0.7, -1.9, 0.5, 5, "pocket", needs_prompts=False),
 )
 """Arms of docs/results.md that were measured at the bridge's labels and FLOPs (within 5 %), gains or not."""
 
