@@ -85,7 +85,8 @@ def plain_logps(name: str, rows: list[Rollout]) -> list[Tensor]:
 
 
 def sums(logp_N: Tensor, ends: tuple[int, ...]) -> Tensor:
-    return torch.stack([logp_N[start:end].sum() for start, end in pairwise((0, *ends))])
+    parts = [logp_N[start:end].sum() for start, end in pairwise((0, *ends))]
+    return torch.stack(parts) if parts else logp_N.new_zeros(0)
 
 
 def assert_texts_agree(
