@@ -57,7 +57,7 @@ class Cell:
 
 
 CELLS = [
-    *(Cell(skills, labels) for skills in (96, 48, 8) for labels in (64, 128, 256)),
+    *(Cell(skills, labels) for skills in (96, 48, 8) for labels in (128, 256, 512)),
     *(Cell(skills, 128, setting) for skills in (96, 48) for setting in list(SETTINGS)[1:]),
 ]
 
