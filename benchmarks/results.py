@@ -182,14 +182,14 @@ KINDS: dict[str, Block] = {
 
 
 def fill(page: Path, runs: Path) -> list[str]:
-    """Replace the blocks of the page whose runs exist; returns the names of the missing ones."""
+    """Replace the blocks of the page whose runs exist; returns the names of the missing and unfinished ones."""
     missing: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
         name, kind = match[1], match[2]
         try:
             block = KINDS[kind](runs / name, name, page.parent / "results")
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError, ValueError):  # not there, or not finished
             missing.append(name)
             return match[0]
         return f"<!-- {name}:{kind} -->\n{block}\n<!-- end -->"
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     options = parser.parse_args()
     missing = fill(options.page, options.runs)
-    print(f"{options.page}: written{'; runs not found: ' + ', '.join(missing) if missing else ''}")
+    print(f"{options.page}: written{'; runs missing or unfinished: ' + ', '.join(missing) if missing else ''}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pydantic import ValidationError
+
 from headwater.config.arm import (
     BRIDGE_1H,
     OPD,
@@ -25,7 +27,12 @@ from headwater.config.follow_up_arms import FOLLOW_UPS
 from headwater.config.objectives import default_objective
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
+from headwater.config.validation import complaints
 from headwater.errors import UserError, did_you_mean
+
+
+class StageConflictError(UserError):
+    """An arm's change of a stage and the recipe's own fields exclude each other."""
 
 
 def constant(recipe: Recipe, stage: Stage) -> Stage:
@@ -215,10 +222,19 @@ def arm_of(name: str, recipe: Recipe) -> Arm:
 
     Raises UserError for an unknown name, and for an arm that needs more than the recipe has.
     """
+    if name in STUDIES:
+        raise UserError(f"--arms {name}: is a list of {len(STUDIES[name])} arms; name it alone, or the arms one by one")
     if name not in ARMS and name != OWN_STAGES:
         known = [*ARMS, OWN_STAGES]
         raise UserError(f"--arm {name}: no such arm; there are {', '.join(known)}{did_you_mean(name, known)}")
-    arm, default = ARMS.get(name) or own_stages(recipe), split_pool(recipe)
+    try:
+        return _resolved(name, ARMS.get(name) or own_stages(recipe), recipe)
+    except StageConflictError as error:
+        raise UserError(f"arm {name}: {error}; change that field, or leave the arm out") from None
+
+
+def _resolved(name: str, arm: Arm, recipe: Recipe) -> Arm:
+    default = split_pool(recipe)
     if missing := missing_fields(arm, recipe):
         other = (
             "" if name == OWN_STAGES else f", or name the arm {OWN_STAGES}, which runs the stages that the recipe has"
@@ -286,10 +302,18 @@ def missing_fields(arm: Arm, recipe: Recipe) -> list[str]:
 
 
 def stage_of(recipe: Recipe, step: Step) -> Stage:
-    """The settings of a step. Hard-label fine-tuning takes those of the warm-up unless the recipe has its own."""
+    """The settings of a step. Hard-label fine-tuning takes those of the warm-up unless the recipe has its own.
+
+    Raises StageConflictError where the step's edit and the recipe's fields exclude each other.
+    """
     if step.stage == "sft":
         hard_labels = {"objective": "sft", "until": None}
         stage = recipe.stages.sft or recipe.stages.require("warmup").model_copy(update=hard_labels)
     else:
         stage = recipe.stages.require(step.stage)
-    return step.edit(recipe, stage)
+    try:
+        return step.edit(recipe, stage)
+    except ValidationError as error:
+        raise StageConflictError(
+            f"its change of stages.{step.stage} does not fit: {complaints(error, Stage)[0][1]}"
+        ) from None

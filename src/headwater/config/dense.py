@@ -12,6 +12,9 @@ Candidates = Literal["teacher", "student", "both"]
 """Who chooses the tokens whose log-probs a served teacher is asked for."""
 
 
+Weight = Annotated[float, Field(ge=-100.0, le=100.0)]
+
+
 class TeacherWeights(Strict):
     """Weights of the log-probs of frozen models, whose normalized product is the teacher's distribution. They sum to 1.
 
@@ -19,11 +22,11 @@ class TeacherWeights(Strict):
     (2607.26246) is `{start: 1, teacher: 1, base_teacher: -1}`.
     """
 
-    teacher: float = 0.0
+    teacher: Weight = 0.0
     """The stage's teacher."""
-    base_teacher: float = 0.0
+    base_teacher: Weight = 0.0
     """models.teacher before any training."""
-    start: float = 0.0
+    start: Weight = 0.0
     """The stage's own starting weights."""
 
     @model_validator(mode="after")
@@ -35,8 +38,8 @@ class TeacherWeights(Strict):
 
 
 class StartUpdate(Strict):
-    """How the model `start` follows the student while the stage trains: one of the two. In one process. Under an adapter a copy of
-    the adapter follows."""
+    """How the model `start` follows the student while the stage trains: one of the two. Under an adapter a copy of the
+    adapter follows."""
 
     every: Steps | None = None
     """Copy the student's weights every so many steps: a teacher that lags behind it."""

@@ -17,7 +17,7 @@ from headwater.errors import UserError
 
 def dense(**fields: Any) -> Edit:
     """Change fields of a stage's `dense`; what excludes them is reset."""
-    reset = {"divergence": "reverse", "gain_over": None, "teacher_weights": None, "token_weights": None}
+    reset = {"divergence": "reverse"} | dict.fromkeys(("gain_over", "teacher_weights", "token_weights", "start_update"))
     return lambda recipe, stage: changed(stage, dense={**stage.dense.model_dump(), **reset, **fields})
 
 

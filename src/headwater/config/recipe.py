@@ -333,7 +333,8 @@ def _parsed_override(override: str) -> tuple[list[str], Any]:
 def _put(raw: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
     if len(keys) == 1:
         # `steps` take precedence over `epochs`, so epochs given on the command line remove the recipe's steps.
-        return {**raw, **({"steps": None} if keys[0] == "epochs" and "steps" in raw else {}), keys[0]: value}
+        replaces = keys[0] == "epochs" and value is not None and "steps" in raw
+        return {**raw, **({"steps": None} if replaces else {}), keys[0]: value}
     child = {} if raw.get(keys[0]) is None else raw[keys[0]]
     if isinstance(child, str) and keys[1] in Source.model_fields:
         child = {"path": child}

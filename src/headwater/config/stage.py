@@ -272,7 +272,9 @@ class Stage(Strict):
                 "lora.output: the adapter of a stage is merged at its end; leave it out, or set models.lora"
             )
         if self.dense.start_update is not None:
-            raise ValueError("dense.start_update: the start under an adapter cannot move; train all weights")
+            raise ValueError(
+                "dense.start_update: the start under a stage's own adapter cannot move; set models.lora instead"
+            )
 
     def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:

@@ -13,7 +13,7 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, note, warning
 from headwater.doctor.weight_checks import SELF_KL, scored_rollouts, self_kl
 from headwater.errors import UserError
-from headwater.runs.plan import Node, supervisor
+from headwater.runs.plan import Node, scorers, supervisor
 from headwater.storage.run_dir import RunDir, read_json
 from headwater.tasks.outcomes import REMEDIES
 
@@ -124,6 +124,26 @@ def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:
                 "teacher-is-student",
                 f"{evidence} until the teacher is trained on the labels",
                 "nothing if that is intended; --arm direct_grpo trains the student itself on the same labels, at a lower cost",
+            )
+
+
+def own_start(context: DoctorContext) -> Iterator[Finding]:
+    """A dense stage whose only teacher is the student as the stage begins, in the same words: every gradient of it is 0."""
+    if context.recipe.prompt.teacher is not None:
+        return
+    for node in context.nodes:
+        settings = node.settings
+        if (
+            node.kind == "train"
+            and settings is not None
+            and not settings.needs_labels
+            and set(scorers(node)) == {node.start}
+        ):
+            yield warning(
+                "start-teaches-nothing",
+                f"stages.{node.stage}.dense.teacher_weights: the only teacher is the student as the stage begins, and it reads the "
+                "same words, so every gradient is 0 and the stage changes nothing",
+                "let the teacher read other words or a context (prompt.teacher), or give another model a weight",
             )
 
 

@@ -122,8 +122,9 @@ def teacher_agrees_with_itself(context: DoctorContext) -> Iterator[Finding]:
 
 
 def scored_rollouts(context: DoctorContext) -> list[Rollout]:
-    """What teachers score: the student's completions if a stage samples it, else those of its teacher."""
-    return context.sample(context.sampled_roles[0]).rollouts
+    """What teachers score: the student's completions if a stage samples it, else those of a teacher with its token ids."""
+    role = context.sampled_roles[0]
+    return context.sample("student" if role in context.aligned_roles else role).rollouts
 
 
 def self_distillation(context: DoctorContext) -> Iterator[Finding]:

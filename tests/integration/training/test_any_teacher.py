@@ -125,6 +125,13 @@ def test_killed_run_across_tokenizers_resumes_bit_for_bit(pairs_teacher: Path, t
     assert_same(again, whole)
 
 
+def test_arms_without_opd_take_teacher_with_other_tokenizer(pairs_teacher: Path, tmp_path: Path) -> None:
+    """No stage samples the student there, and the teacher's own ids are not the student's."""
+    changes = (f"models.teacher={pairs_teacher}", *ALIGNED)
+    result = tiny("study", tmp_path / "out", "--arms", "warmup_only,teacher_sft", changes=changes)
+    assert result.code == 0, result.err
+
+
 def test_adapter_learns_from_teacher_with_other_tokenizer(pairs_teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = (f"models.teacher={pairs_teacher}", *ALIGNED, "models.lora={r: 2, roles: [student]}")

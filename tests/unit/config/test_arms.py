@@ -222,6 +222,47 @@ def test_epochs_override_replaces_recipe_steps() -> None:
     assert recipe_with("stages.teacher_rl.steps=2").stages.teacher_rl.steps_over(256) == 2
 
 
+def test_steps_stay_when_epochs_are_removed_after_them() -> None:
+    stage = find_recipe("pocket", ["stages.teacher_rl.steps=7", "stages.teacher_rl.epochs=null"]).stages.require(
+        "teacher_rl"
+    )
+    assert (stage.steps, stage.epochs) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("arm", "change", "field"),
+    [
+        ("exopd", "stages.opd.dense.tokenizers=prefix", "stages.opd"),
+        ("mixed", "stages.opd.dense={teacher_weights: {start: 1}, start_update: {every: 2}}", "stages.opd"),
+        (
+            "pass_rate",
+            "stages.opd={objective: opd, steps: 5, batch_size: 6, group_size: 1, minibatches: 6}",
+            "stages.opd",
+        ),
+    ],
+)
+def test_arm_excluded_by_recipe_field_is_refused_in_one_sentence(arm: str, change: str, field: str) -> None:
+    recipe = find_recipe("pocket", [change])
+    with pytest.raises(
+        UserError, match=rf"^arm {arm}: its change of {field} does not fit: [^\n]*; change that field"
+    ) as refused:
+        arm_of(arm, recipe)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("arm", ["exopd", "exopd_start", "opd2", "proximal", "soft_or"])
+def test_follow_ups_take_no_moving_start_from_recipe(arm: str) -> None:
+    change = "stages.opd.dense={teacher_weights: {start: 1}, start_update: {every: 2}}"
+    recipe = find_recipe("pocket", [change])
+    last = arm_of(arm, recipe).student[-1]
+    assert stage_of(recipe, last).dense.start_update is None
+
+
+def test_list_of_arms_is_no_arm() -> None:
+    with pytest.raises(UserError, match="--arms improved: is a list of"):
+        arm_of("improved", find_recipe("pocket", []))
+
+
 def test_stages_on_unequal_halves_take_equal_steps() -> None:
     from headwater.data.labels import Pools
     from headwater.runs.inputs import RunInputs

@@ -241,7 +241,7 @@ def test_every_prompt_needs_stage_without_labels() -> None:
         ({"lora": {"output": "adapter"}}, "lora.output: the adapter of a stage is merged"),
         (
             {"lora": {"r": 4}, "dense": {"teacher_weights": {"start": 1}, "start_update": {"every": 2}}},
-            "dense.start_update: the start under an adapter cannot move",
+            "dense.start_update: the start under a stage's own adapter cannot move",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from headwater.config.builtin import find_recipe
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding
-from headwater.doctor.signal_checks import answers_found, distillation_first, early_stop, teacher_is_student
+from headwater.doctor.signal_checks import answers_found, distillation_first, early_stop, own_start, teacher_is_student
 from headwater.runs.inputs import RunInputs
 from runs import TINY
 from tiny import rollout_of
@@ -65,6 +65,22 @@ def test_student_as_its_own_teacher_before_teacher_rl_is_note() -> None:
 
 def test_different_teacher_gives_no_finding() -> None:
     assert findings(teacher_is_student, ["raw_teacher", "bridge"]) == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "words", "expected"),
+    [
+        ("{start: 1}", (), ["start-teaches-nothing"]),
+        ("{start: 1, teacher: 1, base_teacher: -1}", (), ["start-teaches-nothing"]),  # the teacher was not trained
+        ("{start: 0.5, teacher: 0.5}", (), []),
+        ("{start: 1}", ("prompt.teacher={template: 'Solve: {problem}'}",), []),
+    ],
+)
+def test_start_as_only_teacher_in_same_words_is_warning(
+    weights: str, words: tuple[str, ...], expected: list[str]
+) -> None:
+    warnings = findings(own_start, ["raw_teacher"], f"stages.opd.dense.teacher_weights={weights}", *words)
+    assert [finding.name for finding in warnings] == expected
 
 
 # Distilled before it is trained ---------------------------------------------------------------------------------------
