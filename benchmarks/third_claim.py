@@ -84,6 +84,12 @@ def row(cell: Cell, report: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def finished(out: Path) -> dict[Cell, dict[str, Any]]:
+    """The reports of the cells that have one."""
+    paths = {cell: out / cell.folder / "report.json" for cell in CELLS}
+    return {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items() if path.exists()}
+
+
 def markdown(reports: dict[Cell, dict[str, Any]]) -> str:
     """The table of docs/results.md."""
     head = ["skills", "labels", "1H covers", "student RL", "`bridge_1h`, %"]
@@ -96,13 +102,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
-    reports: dict[Cell, dict[str, Any]] = {}
     for cell in CELLS:
         run(cell, options.out, options.seeds)
-        reports[cell] = json.loads((options.out / cell.folder / "report.json").read_text(encoding="utf-8"))
         print(cell.folder, flush=True)
-        write_atomic(options.out / "table.md", markdown(reports))
-    print(markdown(reports))
+        write_atomic(options.out / "table.md", markdown(finished(options.out)))
+    print(markdown(finished(options.out)))
 
 
 if __name__ == "__main__":
