@@ -78,7 +78,7 @@ def row(cell: Cell, report: dict[str, Any]) -> list[str]:
     third = next(prediction for prediction in report["predictions"] if prediction["name"] == "P3")
     bridge = report["arms"]["bridge_1h"]["accuracy"][report["evals"][0]]
     return [
-        str(cell.skills), count(cell.labels), f"{cell.covered:.0%}", cell.setting, f"{100 * bridge['mean']:.1f}",
+        str(cell.skills), count(cell.labels), f"{100 * cell.covered:.0f} %", cell.setting, f"{100 * bridge['mean']:.1f}",
         *(f"{points(contrast['difference'])} {interval(contrast, points)} {reading(contrast)}" for contrast in chosen),
         third["reading"],
     ]  # fmt: skip

@@ -51,11 +51,16 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
             stages = dict.fromkeys(
                 node.stage
                 for node in context.nodes
-                if node.kind == "train" and node.settings and node.settings.needs_teacher
+                if node.kind == "train" and node.settings and node.settings.needs_teacher and not node.aligns_tokenizers
             )
             aligned = " and ".join(f"stages.{stage}.dense.tokenizers=prefix" for stage in stages)
-            remedy = f"choose a teacher with the student's tokenizer, or set {aligned} (cross-tokenizer distillation, docs/teachers.md)"
-            yield error("token-ids-differ", str(refusal), remedy)
+            yield error(
+                "token-ids-differ",
+                f"{refusal} in {' and '.join(stages)}; {aligned} would align the two (docs/teachers.md)"
+                if stages
+                else str(refusal),
+                f"choose a teacher with the student's tokenizer{f', or set {aligned}' if stages else ''}",
+            )
 
 
 def vocabulary(context: DoctorContext) -> Iterator[Finding]:

@@ -52,6 +52,10 @@ def test_good_pair_is_noted_with_figures(tmp_path: Path) -> None:
     refused = examined(tmp_path, teacher)
     assert names(refused) == {"token-ids-differ": "error"}
     assert "stages.warmup.dense.tokenizers=prefix and stages.opd.dense.tokenizers=prefix" in refused.findings[0].remedy
+    half = examined(tmp_path, teacher, ALIGNED[1])
+    assert half.findings[0].evidence.endswith(
+        "in warmup; stages.warmup.dense.tokenizers=prefix would align the two (docs/teachers.md)"
+    )
 
 
 def test_shared_tokens_of_unlike_divisions_are_warned_about(tmp_path: Path) -> None:
