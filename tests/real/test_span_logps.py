@@ -85,8 +85,7 @@ def plain_logps(name: str, rows: list[Rollout]) -> list[Tensor]:
 
 
 def sums(logp_N: Tensor, ends: tuple[int, ...]) -> Tensor:
-    parts = [logp_N[start:end].sum() for start, end in pairwise((0, *ends))]
-    return torch.stack(parts) if parts else logp_N.new_zeros(0)
+    return torch.stack([logp_N[start:end].sum() for start, end in pairwise((0, *ends))])
 
 
 def assert_texts_agree(
@@ -148,6 +147,8 @@ def test_span_log_probs_of_real_pair_agree_with_transformers() -> None:
     worst, spans_compared = [0.0, 0.0], 0
     for own_N, signal, plain_N, plain_M, (_, spans) in zip(own, scored, plain_own, plain_other, readings, strict=True):
         assert isinstance(signal, SpanLogp)
+        if not spans.first_ends:  # Qwen's tokenizer normalizes the text's first characters
+            continue
         own_C, starts = sums(own_N, spans.first_ends), [0, *spans.first_ends[:-1]]
         teacher_C = signal.logp_N[starts] + (own_C - own_N[starts])  # SpanLogp's definition, solved for log p_T(c)
         for side, (ours_C, plain_C) in enumerate(
