@@ -29,6 +29,10 @@ SETTINGS = {
 """Changes of the recipe by setting."""
 
 
+PAIRS = (("bridge_rl", "bridge_1h"), ("replay", "bridge_1h"), ("bridge_rl", "replay"))
+"""Differences that a row shows."""
+
+
 @dataclass(frozen=True)
 class Cell:
     skills: int
@@ -72,9 +76,14 @@ def run(cell: Cell, out: Path, seeds: str) -> None:
     )  # fmt: skip
 
 
-def row(cell: Cell, report: dict[str, Any]) -> list[str]:
+def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The contrasts of `PAIRS`; fewer where an arm is not finished."""
     pairs = {(contrast["a"], contrast["b"]): contrast for contrast in report["contrasts"]}
-    chosen = [pairs[pair] for pair in (("bridge_rl", "bridge_1h"), ("replay", "bridge_1h"), ("bridge_rl", "replay"))]
+    return [pairs[pair] for pair in PAIRS if pair in pairs]
+
+
+def row(cell: Cell, report: dict[str, Any]) -> list[str]:
+    chosen = compared(report)
     third = next(prediction for prediction in report["predictions"] if prediction["name"] == "P3")
     bridge = report["arms"]["bridge_1h"]["accuracy"][report["evals"][0]]
     return [
@@ -85,9 +94,10 @@ def row(cell: Cell, report: dict[str, Any]) -> list[str]:
 
 
 def finished(out: Path) -> dict[Cell, dict[str, Any]]:
-    """The reports of the cells that have one."""
+    """The reports of the cells whose arms are all finished."""
     paths = {cell: out / cell.folder / "report.json" for cell in CELLS}
-    return {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items() if path.exists()}
+    reports = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items() if path.exists()}
+    return {cell: report for cell, report in reports.items() if len(compared(report)) == len(PAIRS)}
 
 
 def markdown(reports: dict[Cell, dict[str, Any]]) -> str:
