@@ -38,6 +38,8 @@ class Evidence:
 
 MEASURED = (
     Evidence("bridge_plus", "bridge", 14.1, 11.9, 16.3, 10, "pocket", needs_prompts=True),
+    Evidence("bridge_plus", "bridge", 5.9, 4.1, 7.6, 10, "pocket with the Llama pair", needs_prompts=True),
+    Evidence("bridge_plus", "bridge", -27.0, -30.2, -23.3, 5, "pocket-skills", needs_prompts=True),
     Evidence("every_prompt", "bridge", 8.6, 6.1, 11.0, 5, "pocket", needs_prompts=True),
     Evidence("short_rl", "bridge", 0.7, -0.8, 2.1, 5, "pocket", needs_prompts=False),
     Evidence("entropy_aware", "bridge", 0.3, -1.1, 1.6, 5, "pocket", needs_prompts=False),
@@ -50,6 +52,14 @@ MEASURED = (
 
 
 def best_evidence(spare_prompts: int) -> Evidence | None:
-    """The measured gain with the highest lower bound, among arms that a recipe with so many unspent prompts can run."""
-    usable = [row for row in MEASURED if row.is_gain and (spare_prompts > 0 or not row.needs_prompts)]
+    """The measured gain with the highest lower bound, among arms that a recipe with so many unspent prompts can run.
+
+    An arm that was measured to lose on some recipe is not advised: nobody knows which of the recipes a user's resembles.
+    """
+    losing = {row.arm for row in MEASURED if row.high < 0.0}
+    usable = [
+        row
+        for row in MEASURED
+        if row.is_gain and row.arm not in losing and (spare_prompts > 0 or not row.needs_prompts)
+    ]
     return max(usable, key=lambda row: row.low, default=None)

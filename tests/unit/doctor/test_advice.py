@@ -240,6 +240,13 @@ def test_follow_up_with_best_evidence_is_named(spare: int, arm: str, monkeypatch
     assert "over bridge at equal labels and FLOPs, on 5 seeds of pocket" in advice.because
 
 
+def test_follow_up_with_loss_elsewhere_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = replace(GAIN, difference=-27.0, low=-30.0, high=-23.0, recipe="pocket-skills")
+    monkeypatch.setattr(evidence, "MEASURED", (SMALLER, GAIN, lost))
+    advice = follow_up_advice(replace(pair(student=0.30, teacher=0.95, passes=2.5), spare_prompts=1744))
+    assert advice is not None and advice.arm == "short_rl"
+
+
 def test_no_follow_up_without_gain_or_with_labels_on_student(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "MEASURED", (NO_GAIN,))
     assert follow_up_advice(pair(student=0.30, teacher=0.95)) is None
