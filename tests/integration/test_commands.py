@@ -115,9 +115,21 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "--set data.labeled.generate.dials.skills=96 --set data.evals.skills.generate.dials.skills=96 --dry-run",
         "teacher_rl",
     ),
-    "study pocket --arms bridge,exopd,exopd_start,opd2,entropy_aware,proximal,first_tokens --seeds 101,102,103,104,105 "
+    "study pocket --arms improved --seeds 101,102,103,104,105 --set conditions.problems=0 --set data.evals.sums.generate.seed=101 "
     "--out RUNS/follow-ups": (
-        f"{STUDY} --arms bridge,exopd,exopd_start,opd2,entropy_aware,proximal,first_tokens --seeds 101",
+        f"{STUDY} --arms improved --seeds 101 --set conditions.problems=0 --set data.evals.sums.generate.seed=101",
+        "teacher_rl",
+    ),
+    "study pocket --arms bridge,bridge_plus --seeds 0,1,2,3,4,5,6,7,8,9 --set models.student=pocket:llama-student  "
+    "--set models.teacher=pocket:llama-teacher --set models.expert=null --set conditions.problems=0 --out RUNS/llama-plus": (
+        f"{STUDY} --arms bridge,bridge_plus --seeds 0 --set models.student=pocket:llama-student "
+        "--set models.teacher=pocket:llama-teacher --set models.expert=null --set conditions.problems=0",
+        "teacher_rl",
+    ),
+    "study pocket-skills --arms bridge,bridge_plus --seeds 0,1,2,3,4 --set stages.teacher_rl.epochs=20 "
+    "--set guards.no_signal=continue  --set labels.split=full --set conditions.problems=0 --out RUNS/skills-plus": (
+        "study pocket-skills --arms bridge,bridge_plus --seeds 0 --set stages.teacher_rl.epochs=20 --set guards.no_signal=continue "
+        "--set labels.split=full --set conditions.problems=0 --dry-run",
         "teacher_rl",
     ),
     "study pocket --arms bridge,bridge_plus --seeds 0,1,2,3,4,5,6,7,8,9 --set conditions.problems=0 "
@@ -214,6 +226,11 @@ PARSED_ONLY = {
     "models.student=.real/SmolLM2-135M-Instruct --set models.teacher=.real/SmolLM2-135M-Instruct --out RUNS/smollm2": (
         "needs the weights of `make real`, and 90 minutes"
     ),
+    "run smollm2-arithmetic --arm raw_teacher --set models.student=.real/SmolLM2-135M-Instruct --set "
+    "models.teacher=.real/Qwen2.5-Coder-0.5B-Instruct  --set stages.warmup.dense.tokenizers=prefix --set "
+    "stages.opd.dense.tokenizers=prefix --set stages.warmup.steps=2 --set stages.warmup.batch_size=16  --set "
+    "stages.opd.batch_size=8 --set stages.opd.group_size=2 --set stages.opd.steps=24 --set conditions.every=8 --set "
+    "data.evals.one_operation.generate.count=60": "needs the weights of `make real`",
     "study paper-qwen3-one-gpu --arms direct_grpo,bridge --out runs/paper": "needs a GPU",
     "validate --task python": "a sentence names it without its file",
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
@@ -245,6 +262,7 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
     "python -m benchmarks.other_tokenizers": "takes half an hour: tests/unit/test_benchmarks.py has its table",
+    "python -m benchmarks.third_claim": "takes half an hour: tests/unit/test_benchmarks.py has its table",
     "python -m tools.pretrain pocket": "takes minutes: tests/unit/tools/test_pretrain_pocket.py makes small models",
 }
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import __main__ as program
-from benchmarks import child, limits, loss, other_tokenizers, real_pair, runner, sandbox, summary
+from benchmarks import child, limits, loss, other_tokenizers, real_pair, runner, sandbox, summary, third_claim
 from benchmarks.cases import QWEN25, CannotRunError, Case, all_cases, select_cases
 from benchmarks.rewards import parity
 from benchmarks.table import cells
@@ -317,3 +317,20 @@ def test_steps_of_pair_with_two_tokenizers(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(rows_of_steps) == 3 and all(row["tokens_trained"] > 0 for row in rows_of_steps)
     figures = work.held_out()
     assert figures["kl_before"] > 0.1 and figures["kl_after"] != figures["kl_before"]
+
+
+def test_map_of_third_claim_shows_finished_cells_alone(tmp_path: Path) -> None:
+    contrast = {"difference": 0.05, "low": 0.03, "high": 0.07, "p": 0.001, "eval": "skills"}
+    report = {
+        "evals": ["skills"],
+        "contrasts": [{**contrast, "a": a, "b": b, "reading": "above"} for a, b in third_claim.PAIRS],
+        "predictions": [{"name": "P3", "reading": "holds"}],
+        "arms": {"bridge_1h": {"accuracy": {"skills": {"mean": 0.5}}}},
+    }
+    for cell, contrasts in ((third_claim.CELLS[0], report["contrasts"]), (third_claim.CELLS[1], [])):
+        (tmp_path / cell.folder).mkdir()
+        (tmp_path / cell.folder / "report.json").write_text(json.dumps({**report, "contrasts": contrasts}))
+    reports = third_claim.finished(tmp_path)
+    assert list(reports) == [third_claim.CELLS[0]]
+    row = third_claim.markdown(reports).splitlines()[-1]
+    assert row.startswith("| 96 | 128 | 49 % | plain | 50.0 | +5.0 [+3.0, +7.0]") and row.endswith("| holds |")
