@@ -182,17 +182,17 @@ KINDS: dict[str, Block] = {
 
 
 def fill(page: Path, runs: Path) -> list[str]:
-    """Replace the blocks of the page whose runs exist; returns the names of the missing and unfinished ones."""
+    """Replace the blocks of the page that have a finished run; returns the names of the other runs."""
     missing: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
-        name, kind = match[1], match[2]
+        name, build = match[1], KINDS[match[2]]
         try:
-            block = KINDS[kind](runs / name, name, page.parent / "results")
+            block = build(runs / name, name, page.parent / "results")
         except (FileNotFoundError, KeyError, ValueError):  # not there, or not finished
             missing.append(name)
             return match[0]
-        return f"<!-- {name}:{kind} -->\n{block}\n<!-- end -->"
+        return f"<!-- {name}:{match[2]} -->\n{block}\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
     pattern = r"<!-- ([\w-]+):(\w+) -->\n.*?<!-- end -->"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.third_claim --out DIR --seeds 0,1,2
 
-A cell is a study of bridge_1h, bridge_rl and replay on the task `skills`: so many skills, so many labels, and settings of student RL
-or of the bridge. The teacher takes 80 steps in every cell. DIR/table.md has the cells that finished; the same command resumes.
+A cell is a study of bridge_1h, bridge_rl and replay on the task `skills`, with a number of skills, a number of labels, and a setting
+of student RL or of the bridge. The teacher takes 80 steps in every cell. DIR/table.md has the cells that finished; the same command resumes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def covered(self) -> float:
-        """Expected share of problems whose skill is among those of the first half of the labels: 1 − (1 − 1/K)^n.
+        """Expected share of problems whose skill occurs in the first half of the labels: 1 − (1 − 1/K)^n.
 
         Example: K = 96 skills and n = 64 labels: 49 %.
         """
@@ -94,7 +94,7 @@ def row(cell: Cell, report: dict[str, Any]) -> list[str]:
 
 
 def finished(out: Path) -> dict[Cell, dict[str, Any]]:
-    """The reports of the cells whose arms are all finished."""
+    """Reports of the cells in which every arm has finished."""
     paths = {cell: out / cell.folder / "report.json" for cell in CELLS}
     reports = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items() if path.exists()}
     return {cell: report for cell, report in reports.items() if len(compared(report)) == len(PAIRS)}
