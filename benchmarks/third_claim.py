@@ -3,7 +3,7 @@
     python -m benchmarks.third_claim --out DIR --seeds 0,1,2
 
 A cell is a study of bridge_1h, bridge_rl and replay on the task `skills`, with a number of skills, a number of labels, and a setting
-of student RL or of the bridge. The teacher takes 80 steps in every cell. DIR/table.md has the cells that finished; the same command resumes.
+of student RL or of the bridge. The teacher takes 80 steps in every cell. DIR/table.md has the finished cells; the same command resumes.
 """
 
 from __future__ import annotations
