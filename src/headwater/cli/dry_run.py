@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
@@ -41,7 +42,7 @@ def print_dry_run(
         print(json.dumps([{**json_row(node, options), "arms": arms_of[node.name]} for node in nodes]))
         return
     if device is None and not inputs.missing:  # models that are not here will hardly train here
-        device = device_here(inputs.device)
+        device = device_here(inputs.device, getattr(torch, recipe.models.dtype))
     console().print(cost_table(nodes, options, device, arms_of if len(arms) > 1 else None))
     if options.device is not None:
         console().print(memory_table(nodes, f"memory of each of {options.count} × {options.device}"))

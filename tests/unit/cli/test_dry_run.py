@@ -126,27 +126,27 @@ def test_memory_advice_names_largest_node_and_unused_settings() -> None:
     )
 
 
-def test_rates_are_measured_with_threads_of_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more threads than free cores a product is measured up to twenty times too slow."""
+def test_rates_are_measured_with_threads_and_dtype_of_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more threads than free cores a product is measured up to twenty times too slow, in another dtype up to ten times."""
     before, measured = torch.get_num_threads(), []
 
-    def device(_: torch.device) -> Device:
-        measured.append(torch.get_num_threads())
+    def device(_: torch.device, dtype: torch.dtype) -> Device:
+        measured.append((torch.get_num_threads(), dtype))
         return HERE
 
     monkeypatch.setattr("headwater.cli.dry_run.device_here", device)
-    recipe = find_recipe("pocket-skills", [])
+    recipe = find_recipe("pocket-skills", ["models.dtype=bfloat16"])
     assert recipe.compute.threads == 1
     torch.set_num_threads(2)
     try:
         print_dry_run(recipe, ["bridge"], [0], PLAIN, as_json=False)
     finally:
         torch.set_num_threads(before)
-    assert measured == [1]
+    assert measured == [(1, torch.bfloat16)]
 
 
 def test_rates_of_this_machine_are_plausible() -> None:
-    here = device_here(torch.device("cpu"))
+    here = device_here(torch.device("cpu"), torch.float32)
     assert 1e8 < here.flops < 1e15 and 1e7 < here.bandwidth < 1e13 and here.memory > 1e8
 
 
