@@ -20,6 +20,13 @@ class Guard(Strict):
     """Last steps over which the metric is averaged."""
 
 
+class ShareGuard(Guard):
+    """A guard whose metric is a share."""
+
+    bound: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Share beyond which the guard acts."""
+
+
 GUARDS: dict[str, dict[str, Any]] = {
     "kl_explosion": {"action": "warn", "bound": 1.0, "window": 10},
     "entropy_collapse": {"action": "warn", "bound": 0.03, "window": 10},
@@ -45,15 +52,15 @@ class Guards(Strict):
     """Action at the end of a teacher's stage in which no step had a gradient: the student would distil the teacher as it was."""
     kl_explosion: Guard
     """The KL has risen by more than `bound` nats per token over its lowest."""
-    entropy_collapse: Guard
+    entropy_collapse: ShareGuard
     """The entropy is at most `bound` of its value at the start of the stage."""
-    truncation: Guard
+    truncation: ShareGuard
     """More than `bound` of the completions reached the token limit."""
-    no_variance: Guard
+    no_variance: ShareGuard
     """At most `bound` of the groups have rewards that differ."""
     sampler_gap: Guard
     """Sampler and trainer differ by more than `bound` nats per token."""
-    teacher_uniform: Guard
+    teacher_uniform: ShareGuard
     """The log-probs of the teacher's tokens differ from −ln V, those of a uniform distribution, by at most `bound` · ln V."""
     teacher_jump: Guard
     """Between two windows the median KL to a served teacher has moved by more than `bound` times its spread over the first of them."""

@@ -120,8 +120,9 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     sections = schema["$defs"]
     sections["Source"] = {"anyOf": [{"type": "string"}, sections["Source"]]}
-    sections["Guard"].pop("required")
-    sections["Guard"] = {"anyOf": [{"enum": ["warn", "stop", "off", False]}, sections["Guard"]]}
+    for name in ("Guard", "ShareGuard"):
+        sections[name].pop("required")
+        sections[name] = {"anyOf": [{"enum": ["warn", "stop", "off", False]}, sections[name]]}
     for name in ("Guards", "Stage"):
         required = sections[name].pop("required")
         assert set(required) <= {*GUARDS, "objective"}

@@ -43,6 +43,11 @@ STARTS: dict[Keys, str] = {
     ("stages",): ", such as {opd: {steps: 100}}; `headwater explain stages` lists them",
 }
 """What to write where a section is missing."""
+QUOTING = {
+    dict: ", but YAML reads what begins with { as a mapping: put the text in double quotes (--set 'FIELD=\"{…}\"')",
+    list: ", but YAML reads what begins with [ as a list: put the text in double quotes (--set 'FIELD=\"[…]\"')",
+}
+"""Why a text was not read as text."""
 
 
 def complaints(error: ValidationError, model: type[BaseModel]) -> list[tuple[Keys, str]]:
@@ -65,7 +70,8 @@ def _sentence(keys: Keys, faults: list[Any], model: type[BaseModel]) -> str:
     message = " or ".join(text[:1].lower() + text[1:] for text in messages)
     given = fault.get("input")
     if isinstance(given, (dict, list, BaseModel)) or fault["type"] == "missing":
-        return f"{_dotted(keys)}: {message}{STARTS.get(keys, '')}" if keys else message
+        quoting = QUOTING.get(type(given), "") if fault["type"] == "string_type" else ""
+        return f"{_dotted(keys)}: {message}{quoting or STARTS.get(keys, '')}" if keys else message
     choices = next((field.choices for field in walk(model) if _matches(field.path, keys)), ())
     return f"{_dotted(keys)}: {message} (given: {given!r:.80}){did_you_mean(str(given), choices)}"
 

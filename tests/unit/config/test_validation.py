@@ -57,6 +57,28 @@ def test_recipe_faults_are_listed_with_lines_and_suggestions(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        (
+            "prompt.teacher.template={problem}",
+            "input should be a valid string, but YAML reads what begins with { as a mapping: put the text in double quotes "
+            "(--set 'FIELD=\"{…}\"')",
+        ),
+        (
+            "prompt.system=[INST]",
+            "input should be a valid string, but YAML reads what begins with [ as a list: put the text in double quotes "
+            "(--set 'FIELD=\"[…]\"')",
+        ),
+        ("guards.truncation.bound=7", "input should be less than or equal to 1 (given: 7)"),
+    ],
+)
+def test_refused_value_says_how_to_write_it(setting: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        find_recipe("pocket", [setting])
+    assert str(refused.value) == f"--set {setting}: {setting.partition('=')[0]}: {sentence}"
+
+
 def test_single_fault_is_one_line_with_place(tmp_path: Path) -> None:
     right = FAULTY.replace("teacher: 5", "teacher: t").replace("bfloat", "bfloat16").replace(", colums: {}", "")
     right = right.replace("grop", "grpo").replace(", learning_rate: 1", "")
