@@ -108,6 +108,18 @@ def short_list(names: Sequence[str]) -> str:
     return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else "".join(names)
 
 
+def shares(of_nodes: Sequence[tuple[str, float]]) -> str:
+    """Shares by name, with the range where nodes of several arms share a name.
+
+    Example: `shares([("opd.s0", 0.5), ("opd.s0", 0.25), ("opd.s1", 0.5)])` is `"opd.s0 25–50%, opd.s1 50%"`.
+    """
+    by_name: dict[str, list[float]] = {}
+    for name, share in of_nodes:
+        by_name.setdefault(name, []).append(share)
+    ranges = {name: (f"{min(given):.0%}", f"{max(given):.0%}") for name, given in by_name.items()}
+    return ", ".join(f"{name} {high if low == high else f'{low[:-1]}–{high}'}" for name, (low, high) in ranges.items())
+
+
 def name_of(node: Estimate) -> str:
     """A node's name without its hash."""
     return node.name.rsplit(".", 1)[0]
@@ -152,16 +164,16 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
     ]
     length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
     lines.append(f"in all {units(sum(node.flops for node in nodes), 'FLOPs')}, with completions {length}")
-    measuring = [f"{name_of(node)} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01]
+    measuring = shares([(name_of(node), node.condition_share) for node in nodes if node.condition_share > 0.01])
     if measuring:
         lines.append(
-            f"measuring condition C2 takes, of a stage's FLOPs, at most: {', '.join(measuring)} (conditions.problems: 0 turns it off)"
+            f"measuring condition C2 takes, of a stage's FLOPs, at most: {measuring} (conditions.problems: 0 turns it off)"
         )
-    scoring = [f"{name_of(node)} {node.scoring_share(device):.0%}" for node in nodes if node.scoring]
+    scoring = shares([(name_of(node), node.scoring_share(device)) for node in nodes if node.scoring])
     if scoring:
         unit = "FLOPs" if device is None else "time"
         lines.append(
-            f"the teacher's scoring takes, of the {unit} of a step: {', '.join(scoring)} "
+            f"the teacher's scoring takes, of the {unit} of a step: {scoring} "
             "(compute.score_ahead overlaps it with sampling)"
         )
     if device is None:

@@ -107,6 +107,7 @@ CHECKS = (
     Check("teachers that are distilled untrained", signal_checks.distillation_first),
     Check("a student taught by its own start", signal_checks.own_start),
     Check("chance that a stage is stopped for lack of signal", signal_checks.early_stop),
+    Check("settings that a stage does not read", training_checks.settings_without_effect),
     Check("a stage that samples ahead", training_checks.sampling_ahead, exit_code=2),
     Check("width of the measured overlap", training_checks.overlap_width),
     Check("speed of the compute dtype", resources.compute_dtype),

@@ -56,6 +56,29 @@ def learning_rates(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
+def settings_without_effect(context: DoctorContext) -> Iterator[Finding]:
+    """Settings of the teacher's signal in a stage without a teacher, and of the reward's in a stage without a reward."""
+    for name, stage in context.recipe.stages.named.items():
+        trained = [node.settings for node in context.nodes if node.kind == "train" and node.stage == name]
+        if not trained or any(settings is None or settings.objective != stage.objective for settings in trained):
+            continue  # some arms run the stage with another objective
+        parts = [("dense", stage.dense, stage.needs_teacher), ("sparse", stage.sparse, "reward" in stage.spec.signals)]
+        for part, values, used in parts:
+            changed = [
+                field
+                for field in type(values).model_fields
+                if getattr(values, field) != type(values).model_fields[field].default
+            ]
+            if changed and not used:
+                signal = "teacher" if part == "dense" else "reward"
+                fields = " and ".join(f"stages.{name}.{part}.{field}" for field in changed)
+                yield warning(
+                    "setting-without-effect",
+                    f"{fields}: objective {stage.objective} has no {signal}",
+                    "remove the setting, or move it to the stage that it was meant for",
+                )
+
+
 def _field(context: DoctorContext, stage: str) -> str:
     """The recipe's name of a stage's settings: fine-tuning takes the warm-up's where it has none of its own."""
     return "warmup" if stage == "sft" and context.recipe.stages.sft is None else stage

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_table, notes, print_dry_run
+from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_table, notes, print_dry_run, shares
 from headwater.cli.options import DryRunOptions, dry_run_options
 from headwater.config.builtin import find_recipe
 from headwater.doctor.fit import device_here
@@ -143,6 +143,13 @@ def test_rates_are_measured_with_threads_and_dtype_of_recipe(monkeypatch: pytest
     finally:
         torch.set_num_threads(before)
     assert measured == [(1, torch.bfloat16)]
+
+
+def test_shares_of_same_name_are_one_range() -> None:
+    assert shares([("opd.s0", 0.5), ("warmup.s0", 0.1), ("opd.s0", 0.25), ("opd.s1", 0.5)]) == (
+        "opd.s0 25–50%, warmup.s0 10%, opd.s1 50%"
+    )
+    assert shares([]) == ""
 
 
 def test_rates_of_this_machine_are_plausible() -> None:

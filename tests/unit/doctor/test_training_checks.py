@@ -36,6 +36,31 @@ def texts(findings: Sequence[Finding]) -> list[str]:
     return [finding.text() for finding in findings]
 
 
+# Settings without effect ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "arm", "expected"),
+    [
+        (
+            "stages.student_rl.dense={teacher_weights: {start: 1}, top_k: 4}",
+            "bridge_rl",
+            "stages.student_rl.dense.teacher_weights and stages.student_rl.dense.top_k: objective grpo has no teacher",
+        ),
+        ("stages.opd.sparse.kl_coef=0.1", "bridge", "stages.opd.sparse.kl_coef: objective opd has no reward"),
+        ("stages.student_rl.dense.top_k=4", "bridge", None),  # the arm has no such stage
+        ("stages.opd.sparse.kl_coef=0.1", "mixed", None),  # the arm mixes the stage with a reward
+        ("stages.opd.dense.top_k=4", "bridge_rl", None),
+    ],
+)
+def test_setting_of_absent_signal_is_warning(setting: str, arm: str, expected: str | None, tmp_path: Path) -> None:
+    given = [
+        finding.evidence
+        for finding in training_checks.settings_without_effect(context_of(tmp_path, setting, arms=[arm]))
+    ]
+    assert given == ([] if expected is None else [expected])
+
+
 # Learning rates ---------------------------------------------------------------------------------------------------------
 
 
