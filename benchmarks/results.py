@@ -181,9 +181,10 @@ KINDS: dict[str, Block] = {
 }
 
 
-def fill(page: Path, runs: Path) -> list[str]:
-    """Replace the blocks of the page that have a finished run; returns the names of the other runs."""
+def fill(page: Path, runs: Path) -> tuple[list[str], list[str]]:
+    """Replace the blocks of the page that have a finished run; returns the names of the other runs, and the blocks that lost rows."""
     missing: list[str] = []
+    shorter: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
         name, build = match[1], KINDS[match[2]]
@@ -192,12 +193,15 @@ def fill(page: Path, runs: Path) -> list[str]:
         except (FileNotFoundError, KeyError, ValueError):  # not there, or not finished
             missing.append(name)
             return match[0]
+        before, now = (text.count("\n|") for text in (match[0], f"\n{block}"))
+        if now < before:
+            shorter.append(f"{name}:{match[2]} ({before} lines of the table before, {now} now)")
         return f"<!-- {name}:{match[2]} -->\n{block}\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
     pattern = r"<!-- ([\w-]+):(\w+) -->\n.*?<!-- end -->"
     page.write_text(re.sub(pattern, replaced, text, flags=re.DOTALL), encoding="utf-8")
-    return sorted(set(missing))
+    return sorted(set(missing)), shorter
 
 
 def main() -> None:
@@ -205,8 +209,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     options = parser.parse_args()
-    missing = fill(options.page, options.runs)
+    missing, shorter = fill(options.page, options.runs)
     print(f"{options.page}: written{'; runs missing or unfinished: ' + ', '.join(missing) if missing else ''}")
+    for block in shorter:
+        print(f"warning: {block}: the run has fewer arms than the page had")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import __main__ as program
 from benchmarks import child, limits, loss, other_tokenizers, real_pair, runner, sandbox, summary, third_claim
 from benchmarks.cases import QWEN25, CannotRunError, Case, all_cases, select_cases
+from benchmarks.results import fill
 from benchmarks.rewards import parity
 from benchmarks.table import cells
 from headwater import stats
@@ -334,3 +335,16 @@ def test_map_of_third_claim_shows_finished_cells_alone(tmp_path: Path) -> None:
     assert list(reports) == [third_claim.CELLS[0]]
     row = third_claim.markdown(reports).splitlines()[-1]
     assert row.startswith("| 96 | 128 | 49 % | plain | 50.0 | +5.0 [+3.0, +7.0]") and row.endswith("| holds |")
+
+
+def test_block_that_loses_rows_is_named(tmp_path: Path) -> None:
+    page, runs = tmp_path / "results.md", tmp_path / "runs"
+    (runs / "main").mkdir(parents=True)
+    (runs / "main" / "table.md").write_text("| arm |\n|---|\n| a |", encoding="utf-8")
+    page.write_text(
+        "<!-- main:table -->\n| arm |\n|---|\n| a |\n| b |\n<!-- end -->\n<!-- absent:table -->\n<!-- end -->",
+        encoding="utf-8",
+    )
+    assert fill(page, runs) == (["absent"], ["main:table (4 lines of the table before, 3 now)"])
+    assert "| b |" not in page.read_text(encoding="utf-8")
+    assert fill(page, runs) == (["absent"], [])
