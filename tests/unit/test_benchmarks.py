@@ -337,7 +337,7 @@ def test_map_of_third_claim_shows_finished_cells_alone(tmp_path: Path) -> None:
     assert row.startswith("| 96 | 128 | 49 % | plain | 50.0 | +5.0 [+3.0, +7.0]") and row.endswith("| holds |")
 
 
-def test_block_that_loses_rows_is_named(tmp_path: Path) -> None:
+def test_fill_names_block_with_fewer_rows(tmp_path: Path) -> None:
     page, runs = tmp_path / "results.md", tmp_path / "runs"
     (runs / "main").mkdir(parents=True)
     (runs / "main" / "table.md").write_text("| arm |\n|---|\n| a |", encoding="utf-8")
