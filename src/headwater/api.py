@@ -19,6 +19,7 @@ from headwater.doctor import probe as probes
 from headwater.doctor.checks import Examination
 from headwater.doctor.checks import diagnose as examine_recipe
 from headwater.doctor.probe_result import ProbeResult
+from headwater.errors import UserError
 from headwater.evaluation import Evaluation, EvaluationSettings, evaluate_models
 from headwater.evaluation_files import Comparison, compare
 from headwater.plugins import name_of
@@ -187,6 +188,8 @@ def rebuild_report(*folders: str | Path, out: str | Path | None = None) -> Resul
     out  where to write; the first folder by default
     """
     paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise UserError("rebuild_report: name at least one run directory")
     target = paths[0] if out is None else Path(out)
     return Result(target, build.write(target, paths))
 

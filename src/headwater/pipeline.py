@@ -164,7 +164,7 @@ def reopen_damaged_nodes(plan: Plan, folder: RunDir, say: Callable[[str], None])
         node_dir = folder.node(plan.names[node])
         damaged = node_dir.damage() if node_dir.done.exists() else None
         if damaged is not None:
-            say(f"{damaged}: is damaged; {describe(node)} is finished again")
+            say(f"{damaged}: is damaged; {describe(node)} runs again")
             node_dir.done.unlink()
 
 
@@ -210,7 +210,7 @@ def merged_with_earlier(plan: dict[str, Any], folder: RunDir) -> dict[str, Any]:
     try:
         earlier = read_plan(folder.plan)
     except UserError as error:
-        raise UserError(f"{error}; delete it and name all arms and seeds again: what is done stays done") from None
+        raise UserError(f"{error}; delete it and name all arms and seeds again; finished nodes are kept") from None
     names = earlier["arms"] | plan["arms"]
     arms = {arm: {**earlier["arms"].get(arm, {}), **plan["arms"].get(arm, {})} for arm in names}
     flops = {**earlier.get("flops", {}), **plan["flops"]}

@@ -1,4 +1,4 @@
-"""Random seeds derived from the purpose of a draw, never from its time.
+"""Named random streams: a seed derives from what a draw is for, not from when it happens.
 
 A seed depends only on (run seed, stage, step, problem, sample), so batch order, batch size and a resume change no draw.
 """

@@ -40,7 +40,7 @@ VERBATIM = {  # command -> regular expression of its output
     "init pocket > my.yaml": "student: pocket:qwen3-student",
     "validate problems.jsonl": "300 labels, 0 fail",
     "validate problems.jsonl --task sums": "300 labels, 0 fail",
-    "doctor my.yaml": "nothing is wrong that would spoil a run",
+    "doctor my.yaml": "no errors",
     "run my.yaml --dry-run": "teacher_rl",
     "run my.yaml --dry-run --json": '"steps": ',
     "run gsm8k --dry-run --on h100": "GPU-hours",
@@ -66,7 +66,7 @@ VERBATIM = {  # command -> regular expression of its output
     "report runs/a runs/b": "seeds 0, 1",
     "report runs/seed0 runs/seed1 --out runs/both": "report: runs/both/report.html",
     "report DIR/256": "report: DIR/256/report.html",
-    "doctor own_grader.yaml": "nothing is wrong that would spoil a run",
+    "doctor own_grader.yaml": "no errors",
     "run own_grader.yaml --out runs/own_grader": "report: runs/own_grader/report.html",
     "watch runs/demo": r"(\d+) of \1 nodes done",
 }

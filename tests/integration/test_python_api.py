@@ -104,6 +104,8 @@ def test_run_takes_recipe_object_with_changes(tmp_path: Path) -> None:
 
 
 def test_functions_raise_sentence_of_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rebuild_report: name at least one run directory"):
+        headwater.rebuild_report()
     with pytest.raises(UserError, match=r"^recipe nothing: no such file"):
         headwater.diagnose("nothing")
     with pytest.raises(UserError, match=r"^recipe: .*labels.budget"):

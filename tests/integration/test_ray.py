@@ -92,7 +92,7 @@ def test_ray_study_with_killed_process_equals_local_study(ray: Any, tmp_path: Pa
     with meanwhile(tmp_path, "student_rl", 3, kill):
         result = on_ray(tmp_path)
     assert result.code == 0, result.err
-    assert "student_rl on all (seed 0): its process is gone; it goes on in another one" in result.err
+    assert "student_rl on all (seed 0): its process died; resuming it in another process" in result.err
     assert result.err.count("warmup on all (seed 0): ") == 1
     assert_same(tmp_path, here())
 
@@ -156,7 +156,7 @@ def test_cluster_after_loss_of_machine_gives_same_files(tmp_path: Path) -> None:
         result = on_ray(tmp_path)
         thread.join(timeout=60)
         assert result.code == 0, result.err
-        assert lost and f"{lost[0]} on all (seed 0): its process is gone; it goes on in another one" in result.err
+        assert lost and f"{lost[0]} on all (seed 0): its process died; resuming it in another process" in result.err
         assert_same(tmp_path, here())
     finally:
         ray.shutdown()
@@ -176,4 +176,4 @@ def test_missing_ray_is_refused_with_install_command(tmp_path: Path, monkeypatch
     assert result.code == 2
     assert result.err.endswith("headwater: --executor ray: Ray is not installed; pip install 'headwater[ray]'\n")
     unknown = tiny("run", tmp_path, "--executor", "slurm")
-    assert unknown.code == 2 and unknown.err == "headwater: --executor slurm: there are local and ray\n"
+    assert unknown.code == 2 and unknown.err == "headwater: --executor slurm: unknown executor; choose local or ray\n"

@@ -92,7 +92,7 @@ def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, t
     with serving(tiring) as there:
         changes = (*RAW, f"models.teacher={there.url}")
         stopped = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
-        assert stopped.code == 4 and "gave no usable answer in 1 tries (status 503: restarting)" in stopped.err
+        assert stopped.code == 4 and "returned no valid response in 1 try (status 503: restarting)" in stopped.err
         there.answer = good
         assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes).code == 0
 

@@ -55,7 +55,9 @@ ProblemColumn = Annotated[
 AnswerColumn = Annotated[str | None, typer.Option("--answer", help="Column of the answer.")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
+    typer.Option(
+        "--workers", min=1, help="Processes that run independent nodes; by default cores / compute.threads, or 1."
+    ),
 ]
 
 
@@ -136,7 +138,7 @@ class EvalOptions:
     task: TaskName = "maths"
     problem: ProblemColumn = None
     answer: AnswerColumn = None
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first so many problems.")] = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N problems.")] = None
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 decodes greedily.")] = 1.0
     top_p: Annotated[float, typer.Option("--top-p", min=0.001, max=1.0)] = 1.0

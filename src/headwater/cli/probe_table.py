@@ -79,9 +79,9 @@ def _distance(result: Mapping[str, Any]) -> Table:
 def _advice(advice: dict[str, Any]) -> list[Text]:
     labels, warmup = advice["labels"], advice["warmup"]
     where = {
-        "teacher": "labels upstream, on the teacher (arm bridge)",
-        "student": "labels on the student (arm direct_grpo)",
-        "nowhere": "labels nowhere yet",
+        "teacher": "spend them on the teacher (arm bridge)",
+        "student": "spend them on the student (arm direct_grpo)",
+        "nowhere": "do not spend any yet",
     }[labels["where"]]
     close = "; it is close" if labels["close"] else ""
     sentences = [

@@ -21,7 +21,7 @@ def report(
     dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories: of one recipe, or to compare.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
     audit: Annotated[
-        bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")
+        bool, typer.Option("--audit", help="Recount label use from the run's files; exit 3 if a check fails.")
     ] = False,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve a local page that refreshes while runs grow; writes nothing.")
@@ -133,7 +133,9 @@ def eval_(
     options: EvalOptions,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="JSONL, Parquet, a `datasets` folder or a hub id; several times for several."),
+        typer.Option(
+            "--data", help="Data file (JSONL, CSV, Parquet, …), `datasets` folder or hub id; repeat for several."
+        ),
     ] = None,
     compare: Annotated[
         bool,

@@ -232,7 +232,7 @@ def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Cal
     Under torchrun, ranks > 0 work here until rank 0 is done, and exit.
     """
     if name not in ("local", "ray"):
-        raise UserError(f"--executor {name}: there are local and ray")
+        raise UserError(f"--executor {name}: unknown executor; choose local or ray")
     if not launched_by_torchrun():
         yield partial(_executor, name), 1
         return

@@ -84,7 +84,7 @@ class Compute(Strict):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; None keeps its default."""
     workers: Annotated[int, Field(ge=1, le=1024), Unit("processes")] | None = None
-    """Processes that run independent nodes in parallel. None: as many as the cores allow at `threads` each; one on a GPU."""
+    """Processes that run independent nodes in parallel. None: cores / threads if `threads` is set, else 1; 1 on a GPU."""
     sample_batch: Annotated[Positive, Unit("sequences")] = 256
     """Sequences that the torch sampler decodes at once."""
     score_ahead: Annotated[int, Field(ge=1, le=64)] = 1

@@ -42,7 +42,7 @@ class StartUpdate(Strict):
     adapter follows."""
 
     every: Steps | None = None
-    """Copy the student's weights every so many steps: a teacher that lags behind it."""
+    """Copy the student's weights every N steps (a lagged teacher)."""
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """After each step, start becomes decay · start + (1 − decay) · student: a moving average."""
 

@@ -13,11 +13,11 @@ class Guard(Strict):
     """A training guard: the action when its metric, over the last `window` steps, is beyond `bound`."""
 
     action: Literal["warn", "stop", "off"]
-    """`warn` prints and records the alarm, `stop` ends training with exit code 4, `off` does not measure."""
+    """`warn` prints and records the alarm, `stop` ends training with exit code 4, `off` disables the guard."""
     bound: Annotated[float, Field(ge=0.0)]
     """Value of the metric beyond which the guard acts."""
     window: Steps
-    """Last steps over which the metric is averaged."""
+    """Steps over which the metric is averaged; for `teacher_jump` those of each of the two windows whose medians are compared."""
 
 
 class ShareGuard(Guard):

@@ -47,7 +47,7 @@ class Prompt(Strict):
     max_tokens: Tokens = 2048
     """Longest prompt; a longer one is refused."""
     teacher: TeacherPrompt | None = None
-    """Other words for the teacher: in its training, its evaluations and where it supervises the student. None: the same words."""
+    """The teacher's prompt in its training, its evaluations and where it supervises the student. None: the student's prompt."""
 
     @property
     def of_teacher(self) -> Prompt:

@@ -108,14 +108,14 @@ class Source(Strict):
     """Source of problems: a file, a folder saved by `datasets`, a hub id, or a generator."""
 
     path: str | None = None
-    """JSONL, CSV or Parquet file, folder saved by `datasets`, or hub id. A relative path is looked up beside the recipe's file,
-    then in the working directory."""
+    """JSONL, JSON, CSV, TSV, Parquet or Arrow file, folder saved by `datasets`, or hub id. A relative path is looked up beside the
+    recipe's file, then in the working directory."""
     split: str = "train"
     """Split of a hub dataset or of a folder with several."""
     columns: Columns = Columns()
     """Names of the columns, if they are not the usual ones."""
     limit: Annotated[Positive, Unit("problems")] | None = None
-    """Use only the first so many problems; a dry run assumes as many for a file that is not here."""
+    """Use only the first N problems; a dry run assumes N for a missing file."""
     hash_range: tuple[Fraction, Fraction] | None = None
     """Keep problems whose content hash, a number from 0 to 1, is at least the first bound and below the second: `[0, 0.1]` and
     `[0.1, 1]` divide one file into evaluation and training, whatever the order of its rows. Applied before `limit`."""

@@ -22,7 +22,7 @@ class Sampling(Strict):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Draw from the most probable tokens that hold this probability together; 1 keeps every token."""
     top_k: Annotated[Natural, Unit("tokens")] = 0
-    """Draw from the so many most probable tokens; 0 keeps every token."""
+    """Sample from the k most probable tokens; 0 keeps every token."""
     max_tokens: Tokens = 512
     """Longest completion; a longer one is cut."""
 
@@ -306,7 +306,7 @@ class Stages(Strict):
     def require(self, name: str) -> Stage:
         """The stage of that name. Raises UserError if the recipe has none."""
         if name not in self.named:
-            raise UserError(f"stages.{name}: is needed here, and the recipe has no such stage")
+            raise UserError(f"stages.{name}: required here, but missing from the recipe")
         return self.named[name]
 
     @model_validator(mode="before")

@@ -43,7 +43,7 @@ STARTS: dict[Keys, str] = {
     ("stages",): ", such as {opd: {steps: 100}}; `headwater explain stages` lists them",
 }
 """What to write where a section is missing."""
-QUOTING = {
+QUOTING: dict[type, str] = {
     dict: ", but YAML reads what begins with { as a mapping: put the text in double quotes (--set 'FIELD=\"{…}\"')",
     list: ", but YAML reads what begins with [ as a list: put the text in double quotes (--set 'FIELD=\"[…]\"')",
 }

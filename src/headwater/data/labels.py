@@ -68,7 +68,7 @@ class Labels:
 
     def _spend(self, wanted: set[str], checks: int) -> None:
         if len(self.looked_at | wanted) > self.budget:
-            raise UserError(f"labels.budget {self.budget}: a look at another problem's answer was refused")
+            raise UserError(f"labels.budget {self.budget}: exhausted; grading a further problem would exceed it")
         if self._whole is not None:
             self._whole._spend(wanted, checks)
         self.looked_at |= wanted

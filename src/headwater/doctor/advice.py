@@ -189,7 +189,7 @@ def teacher_advice(measures: PairMeasures) -> str | None:
 def _remedy(measures: PairMeasures) -> str:
     student, teacher = measures.student, measures.teacher
     if _unjudged(student) or _unjudged(teacher):
-        return "First mend what keeps their answers from being judged, then probe again"
+        return "First fix what prevents their answers from being graded, then probe again"
     if min(student.pass_rate.mean, teacher.pass_rate.mean) > 0.5:
         return "Both models are right nearly always: use harder problems, or distil without labels (raw_teacher)"
     if teacher.pass_rate.mean > 0.5:

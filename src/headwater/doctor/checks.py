@@ -159,7 +159,7 @@ class Examination:
         if self.unchecked:
             count = f"{counted(len(self.unchecked), 'check')} not done, because of the errors below"
             lines.append(f"{count}{_listed(self.unchecked, verbose)}")
-        return "\n".join([*lines, *(errors or ["nothing is wrong that would spoil a run"])])
+        return "\n".join([*lines, *(errors or ["no errors"])])
 
     @property
     def error_names(self) -> str:

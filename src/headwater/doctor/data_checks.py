@@ -154,7 +154,7 @@ def halves(context: DoctorContext) -> Iterator[Finding]:
         yield error(
             "halves-overlap",
             f"labels.budget: {len(both)} problems are in both halves ({_few(sorted(both))})",
-            "report it: halves are made by content and must be disjoint",
+            "report a bug: halves are split by content hash and must be disjoint",
         )
     sizes = len(pools.first_half), len(pools.second_half)
     used = {node.pool for node in context.nodes} & {"first_half", "second_half"}

@@ -74,7 +74,7 @@ def texts(findings: Iterable[Finding]) -> list[str]:
 
 UNREADABLE: Mapping[Part, tuple[str, str]] = {
     "task": ("task-unusable", "set task to sums, maths, or package.module:function of a module that imports from here"),
-    "data": ("data-unreadable", "fix the file or the field that the sentence names"),
+    "data": ("data-unreadable", "fix the file or the field named in the message"),
     "labels": ("label-budget-over-pool", "lower labels.budget, or add labelled problems"),
     "device": ("device-missing", "set compute.device to auto or cpu, or run where a GPU is visible"),
     "hub": (
@@ -88,11 +88,11 @@ UNREADABLE: Mapping[Part, tuple[str, str]] = {
     "weights": ("model-unreadable", "download or save the weights again: they are damaged or do not fit config.json"),
     "architecture": (
         "model-unsupported",
-        "name a model of a kind that docs/models.md lists, or do what the sentence says",
+        "name a model of a kind that docs/models.md lists, or follow the message",
     ),
     "server": ("server-unusable", "check that `vllm serve` runs at that address and has finished loading"),
-    "engine": ("engine-unusable", "set compute.sampler=torch, or fix what the sentence names"),
-    "plan": ("cannot-run", "fix what the sentence names"),
+    "engine": ("engine-unusable", "set compute.sampler=torch, or fix the cause named in the message"),
+    "plan": ("cannot-run", "fix the cause named in the message"),
 }
 """Name and remedy of the finding for each input that cannot be read; the evidence is the error's sentence."""
 

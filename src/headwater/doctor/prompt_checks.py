@@ -185,7 +185,9 @@ def length_rules(context: DoctorContext) -> Iterator[Finding]:
         problem = mixed_lengths(config, shortest, prompt, completion)
         if problem is not None:
             yield error(
-                "positions-change", f"models.{role}: {problem}", "stay on one side: across it, nothing is exact"
+                "positions-change",
+                f"models.{role}: {problem}",
+                "keep all sequences on one side of that length; see the message",
             )
 
 

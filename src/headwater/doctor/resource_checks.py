@@ -132,14 +132,14 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
                     f"{context.plan.names[node]}: exact distributions over {shape.vocabulary:,} entries take "
                     f"{size(4 * shape.vocabulary)} for each token, up to {size(exact)} in all; the top {CACHED_TOP_K} and the "
                     f"tail's mass up to {size(6 * tokens * CACHED_TOP_K)}",
-                    f"set stages.warmup.dense.top_k={CACHED_TOP_K}",
+                    f"set dense.top_k={CACHED_TOP_K} in the stage that reads it (stages.warmup or stages.sft)",
                 )
             if top_k is None and exact > EXACT_CACHE_LIMIT:
                 yield warning(
                     "cache-over-limit",
                     f"{context.plan.names[node]}: exact distributions of up to {tokens:,} tokens over {shape.vocabulary:,} entries "
                     f"take up to {size(exact)}; a cache over {size(EXACT_CACHE_LIMIT)} is refused once its rollouts are sampled",
-                    "set for example stages.warmup.dense.top_k=64: the most probable tokens and the tail's mass",
+                    "set for example dense.top_k=64 in the stage that reads it (stages.warmup or stages.sft)",
                 )
     folder = next(path for path in (context.out.absolute(), *context.out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(folder).free, models + next_checkpoint

@@ -50,7 +50,7 @@ def saving(context: DoctorContext) -> Iterator[Finding]:
             yield error(
                 "cannot-be-saved",
                 f"models.{role}: after training it could not be saved and loaded again ({error_text(detail, 300)})",
-                "correct what the sentence names in the model's folder, or use another model",
+                "fix the file named in the message, or use another model",
             )
 
 
@@ -68,7 +68,7 @@ def _round_trip(context: DoctorContext, role: str, policy: Policy, folder: Path)
             "saved-model-differs",
             f"models.{role}: saved and loaded again, it gives the same tokens log-probs that differ by {gap:.2g} nats on average (at "
             f"most {bound:g} in {dtype_name(policy)})",
-            "use another model, or train all weights instead of an adapter; report it",
+            "use another model, or train all weights instead of an adapter; report a bug",
         )
     if not reads_alike(policy.tokenizer, again.tokenizer):
         yield _other_tokenizer(role)
@@ -85,7 +85,7 @@ def _without_weights(role: str, policy: Policy, folder: Path) -> Iterator[Findin
         yield error(
             "cannot-be-saved",
             f"models.{role}: after training {written:,} of its {parameters:,} parameters would be saved",
-            "train all weights instead of an adapter, or use another model; report it",
+            "train all weights instead of an adapter, or use another model; report a bug",
         )
     if not reads_alike(policy.tokenizer, read_tokenizer(str(folder), policy.folder.trust_remote_code)):
         yield _other_tokenizer(role)

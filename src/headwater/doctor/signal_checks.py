@@ -142,8 +142,8 @@ def own_start(context: DoctorContext) -> Iterator[Finding]:
             yield warning(
                 "start-teaches-nothing",
                 f"stages.{node.stage}.dense.teacher_weights: the only teacher is the student as the stage begins, and it reads the "
-                "same words, so every gradient is 0 and the stage changes nothing",
-                "let the teacher read other words or a context (prompt.teacher), or give another model a weight",
+                "same prompt, so every gradient is 0 and the stage changes nothing",
+                "give the teacher another prompt or a context (prompt.teacher), or give another model a weight",
             )
 
 

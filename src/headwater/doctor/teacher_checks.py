@@ -32,7 +32,7 @@ LEAST_SIGNAL = 1e-3
 
 
 def cannot_run(evidence: str) -> Finding:
-    return error("cannot-run", evidence, "fix what the sentence names")
+    return error("cannot-run", evidence, "fix the cause named in the message")
 
 
 def engine(context: DoctorContext) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from headwater.runs.tokenizers import token_pair
 MIN_SINGLE = 0.9
 """Least share of spans of one token on both sides for comparing shared tokens alone."""
 MIN_ALIGNED, MIN_SHARED, MAX_LOST = 0.9, 0.05, 0.1
-"""Least shares of aligned tokens and of common vocabulary, and largest share of texts that are not given back, of a useful pair."""
+"""Least shares of aligned tokens and of common vocabulary, and largest share of texts that do not round-trip, of a useful pair."""
 
 
 def far_apart(figures: PairFigures) -> str:
@@ -23,8 +23,8 @@ def far_apart(figures: PairFigures) -> str:
     if figures.aligned >= MIN_ALIGNED and figures.shared >= MIN_SHARED and lost <= MAX_LOST * figures.texts:
         return ""
     return (
-        f"a pair is worth it from {MIN_ALIGNED:.0%} aligned tokens and {MIN_SHARED:.0%} common vocabulary on, with at most "
-        f"{MAX_LOST:.0%} of the texts lost"
+        f"recommended: at least {MIN_ALIGNED:.0%} aligned tokens and {MIN_SHARED:.0%} common vocabulary, with at most "
+        f"{MAX_LOST:.0%} of the texts not round-tripping"
     )
 
 

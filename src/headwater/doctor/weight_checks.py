@@ -94,7 +94,8 @@ def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:
                 f"models.{role}: a sampled token's log-prob differs by {gap:.2g} nats on average between sampler and trainer (at "
                 f"most {bound:g} in {dtype_name(sample.policy)})",
                 precision_remedy(
-                    sample.policy, "the model's cached and whole forward passes differ: report it with its config.json"
+                    sample.policy,
+                    "the model's cached and whole forward passes differ: report a bug with the model's config.json",
                 ),
             )
 
@@ -140,7 +141,7 @@ def self_distillation(context: DoctorContext) -> Iterator[Finding]:
             f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
             f"{bound:g} in {dtype_name(student)})",
             precision_remedy(
-                student, "the model is random at inference, or trains in another mode than it scores: report it"
+                student, "the model is random at inference, or trains in another mode than it scores: report a bug"
             ),
         )
 

@@ -1,4 +1,4 @@
-"""A student's log-probs compared with a teacher's distributions: what a form of distributions is given and what it returns."""
+"""Inputs and results of comparing student log-probs with teacher distributions, for every form of distributions."""
 
 from __future__ import annotations
 

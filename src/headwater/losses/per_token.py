@@ -1,4 +1,4 @@
-"""Methods of dataclasses that hold one row per token: their number, some of them, and those of several values in sequence.
+"""Length, slicing and concatenation for dataclasses with one row per token.
 
 A field holds one row per token if its name ends in a shape that begins with N (`logp_NV`, `size_N`); all others belong to every token.
 """

@@ -1,4 +1,4 @@
-"""How well two tokenizers fit each other, measured on texts."""
+"""Measure how well two tokenizers align on given texts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class PairFigures:
         return (
             f"{self.aligned:.1%} of the tokens of {self.texts} texts are aligned, in spans of {self.span_tokens:.2f} tokens of the "
             f"student ({self.single:.1%} of the spans are one token on both sides); {self.shared:.1%} of the student's vocabulary is "
-            f"the teacher's too; {self.not_reversible} texts are not given back by the teacher's tokenizer, {self.unread} by the "
-            "student's own"
+            f"the teacher's too; {self.not_reversible} texts do not round-trip through the teacher's tokenizer, {self.unread} through "
+            "the student's own"
         )
 
 

@@ -1,4 +1,4 @@
-"""Program of a process of its own: open an untrusted tokenizer and use it, within limits of time and memory.
+"""Child process: load and use an untrusted tokenizer within time and memory limits.
 
 Reads {"path", "seconds", "megabytes", "texts", "sys_path"} as JSON, writes {"problem": sentence or null}. A bomb ends this
 process only.

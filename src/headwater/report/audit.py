@@ -64,7 +64,7 @@ def _result(check: Check, files: RunFiles) -> CheckResult:
         evidence, faults = "a file cannot be read", [str(error)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         # An edited file may have any content. What cannot be recounted is not proved.
-        evidence, faults = "a row has not the fields that a run writes", [f"{type(error).__name__}: {error}"]
+        evidence, faults = "a row lacks fields that a run writes", [f"{type(error).__name__}: {error}"]
     return CheckResult(check.name, check.claim, evidence, tuple(faults))
 
 

@@ -57,7 +57,7 @@ def comparisons(report: dict[str, Any]) -> Section | None:
     others = [contrast for contrast in report["contrasts"] if contrast not in named]
     rows = [row for title, contrasts in group_by_equality(named) for row in (title, *contrasts)]
     table = Table("Differences of accuracy, grouped by what is equal", _columns(report, named), rows)
-    folded = Table("Every arm against the student before", _columns(report, others), others)
+    folded = Table("Every arm against the untrained student", _columns(report, others), others)
     view = {"table": table, "folded": folded if others else None, "interval_note": interval_note(report)}
     return Section("Comparisons", "comparisons", view, tuple(forests(report, named, "contrasts", "Differences")))
 

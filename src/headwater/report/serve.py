@@ -76,7 +76,10 @@ class LivePage:
         try:
             page = report.page if side_by_side.of_one_recipe(self.outs) else side_by_side.current_page
             self.html, self.built_from = page(self.outs), versions
-        except HeadwaterError as error:  # the run has just started or is writing a row: the next request tries again
+        except (
+            HeadwaterError,
+            OSError,
+        ) as error:  # the run has just started or is writing a row: the next request tries again
             self.html = self.html or render("message.html.j2", {"message": str(error)})
         self.next_build = time.monotonic() + REST_FACTOR * (time.monotonic() - started)
 
@@ -159,15 +162,19 @@ def _handler(page: LivePage) -> type[BaseHTTPRequestHandler]:
 def _file_versions(outs: Sequence[Path]) -> FileVersions:
     nodes = [node for out in outs for node in RunDir(out).nodes()]
     files = [file for node in nodes for file in (node.metrics, node.conditions, node.warnings, node.done, node.failed)]
-    stats = [(str(file), file.stat()) for file in files if file.exists()]
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+    versions = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # not written yet, or removed just now by a node that starts anew
+            stat = file.stat()
+            versions.append((str(file), stat.st_mtime_ns, stat.st_size))
+    return tuple(versions)
 
 
 def _status(outs: Sequence[Path]) -> tuple[str, bool]:
     """The running nodes of each run as HTML, and whether a run is going on."""
     try:
         statuses = dict(zip(side_by_side.run_names(outs), map(read_status, outs), strict=True))
-    except HeadwaterError:
+    except (HeadwaterError, OSError):
         return "", True
     runs = [status_view(name if len(outs) > 1 else "", status) for name, status in statuses.items()]
     return render("status.html.j2", {"runs": runs}), any(status.running for status in statuses.values())

@@ -30,7 +30,8 @@ MISSING = "–"
 def of_one_recipe(outs: Sequence[Path]) -> bool:
     """Whether the runs may be merged into one report; also true where a folder holds no run, which `build` refuses."""
     recipes = [read_json(RunDir(out).recipe) for out in outs if RunDir(out).recipe.exists()]
-    return all(first_difference(recipes[0] | FREE, recipe | FREE) is None for recipe in recipes[1:])
+    with refuse_malformed_files(outs[0]):
+        return all(first_difference(recipes[0] | FREE, recipe | FREE) is None for recipe in recipes[1:])
 
 
 def write(out: Path, outs: Sequence[Path]) -> dict[str, Any]:

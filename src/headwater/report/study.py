@@ -157,7 +157,7 @@ class Node:
         """All rollout rows by training step; step 0 holds a teacher's cache."""
         cached = self.dir.cache / "rollouts.jsonl"
         files = {0: cached} if cached.exists() else {}
-        files |= {int(path.stem): path for path in sorted(self.dir.rollouts(0).parent.glob("*.jsonl"))}
+        files |= dict(self.rollout_files())
         return {step: list(read_jsonl(path)) for step, path in files.items()}
 
     def rollout_files(self) -> list[tuple[int, Path]]:

@@ -151,7 +151,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
             decided = [value for value in readings if readings[value] != "undecided"]
             for value, next_value in pairwise(decided):
                 if readings[value] != readings[next_value]:
-                    result[-1] += f" The order turns between {vary} {text[value]} and {text[next_value]}."
+                    result[-1] += f" The order reverses between {vary} {text[value]} and {text[next_value]}."
     for point in summary["points"]:
         if point["failed"]:
             result.append(f"{vary} {text[point['value']]} failed: {point['failed'].rstrip('.')}.")

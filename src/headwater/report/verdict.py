@@ -151,7 +151,7 @@ def uninformative(report: dict[str, Any]) -> list[str]:
             labels = arm["labels"]["distinct"]
             arms.setdefault(causes, []).append(f"{name} ({count(labels)} label{'s' * (labels != 1)})")
     sentences = [
-        f"No label had an effect in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
+        f"Labels had no effect in {', '.join(names)}: rewards were equal within every group. {causes}".rstrip()
         for causes, names in arms.items()
     ]
     return [*sentences, *_unchanged_teachers(report)]

@@ -1,4 +1,4 @@
-"""The arm of a `run` that names none, and why: what the folder holds, what its probe advised, or the recipe's own plan."""
+"""Choose the arm of `run` without --arm: from the run directory, its probe, or the recipe."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ArmChoice:
 
     @property
     def sentence(self) -> str:
-        """Example: "arm bridge (GRPO on the teacher → warm-up → OPD): the default; --arm names another"."""
-        return f"arm {self.arm} ({DESCRIPTIONS[self.arm]}): {self.because}; --arm names another"
+        """Example: "arm bridge (GRPO on the teacher → warm-up → OPD): the default; choose another with --arm"."""
+        return f"arm {self.arm} ({DESCRIPTIONS[self.arm]}): {self.because}; choose another with --arm"
 
 
 def choose_arm(recipe: Recipe, out: Path) -> ArmChoice:

@@ -1,4 +1,4 @@
-"""A model that supervises a learner in words and token ids of its own, where the recipe gives it some."""
+"""Wrap a supervising model that has its own prompt or tokenizer."""
 
 from __future__ import annotations
 

@@ -125,8 +125,8 @@ class StageMeasurements:
             assert settings.max_share is not None  # nothing else leaves no problem
             say(
                 f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more "
-                f"than {100 * settings.max_share:.0f} % of the stage's FLOPs; conditions.problems and conditions.every "
-                "measure it all the same"
+                f"than {100 * settings.max_share:.0f} % of the stage's FLOPs; set conditions.problems or conditions.every "
+                "to measure it anyway"
             )
         elif share > NOTABLE_SHARE or (schedule.problems, schedule.every) != (wanted, settings.every):
             times = schedule.measurements(self.context.steps(self.node))

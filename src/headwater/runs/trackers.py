@@ -162,18 +162,18 @@ class MetricsForwarder:
             self.update()
 
     def close(self) -> None:
-        self.update()
-        for tracker in self.trackers.values():
-            tracker.close()
+        try:
+            self.update()
+        finally:
+            with contextlib.ExitStack() as closing:  # closes every tracker, also where one fails
+                for tracker in self.trackers.values():
+                    closing.callback(tracker.close)
 
     def _new_rows(self, node: NodeDir) -> list[dict[str, Any]]:
         if not node.metrics.exists():
             return []
-        read = self.sizes.get(node.name, 0)
-        if node.metrics.stat().st_size < read:
-            read = 0  # truncated to a checkpoint; repeated rows are recognized by their step
-        rows, self.sizes[node.name] = read_rows_from(node.metrics, read)
-        return list(rows)
+        rows, self.sizes[node.name] = read_rows_from(node.metrics, self.sizes.get(node.name, 0))
+        return rows  # those repeated after a resume are recognized by their step
 
 
 @contextlib.contextmanager

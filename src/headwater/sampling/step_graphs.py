@@ -1,4 +1,4 @@
-"""CUDA graphs of decoding steps: one launch in the place of some hundred, where launching takes longer than computing.
+"""CUDA graphs for decode steps: one graph launch instead of hundreds of kernel launches.
 
 A graph replays fixed operations on fixed memory, so a step must read and write only tensors that stay where they are, and a graph
 holds for one number of rows and of columns. Both are rounded up, so that few graphs serve all steps.

@@ -181,12 +181,17 @@ def read_jsonl(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
 
 
 def read_rows_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Rows of an append-only file from byte `start` on, and the offset after the last complete row."""
+    """Rows of an append-only file from byte `start` on, and the offset after the last complete row.
+
+    All rows where no row begins at `start`: the file was cut back to a checkpoint and has grown again.
+    """
     refuse_irregular(path)
     if not path.exists():
         return [], start
     with path.open("rb") as file:
-        file.seek(start)
+        file.seek(max(0, start - 1))
+        if start and file.read(1) != b"\n":
+            file.seek(start := 0)
         whole = file.read().rpartition(b"\n")[0]
     return [json.loads(line) for line in whole.splitlines()], start + len(whole) + bool(whole)
 

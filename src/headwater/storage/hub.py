@@ -5,6 +5,7 @@ Every sentence about a name that the hub does not have, or will not give, comes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -112,9 +113,11 @@ def absent(name: str, host: str) -> str:
 def names_here(name: str) -> list[str]:
     """Files and folders that a name may mean: those in the working folder, and in its first part where that is one of them."""
     parent = Path(name).parts[0]
-    names = [path.name for path in Path().iterdir() if not path.name.startswith(".") and path.name != parent]
-    inside = [f"{parent}/{path.name}" for path in Path(parent).iterdir()] if Path(parent).is_dir() else []
-    return [*names, *inside]
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        names += [path.name for path in Path().iterdir() if not path.name.startswith(".") and path.name != parent]
+        names += [f"{parent}/{path.name}" for path in Path(parent).iterdir()] if Path(parent).is_dir() else []
+    return names
 
 
 def in_local_folder(name: str) -> bool:

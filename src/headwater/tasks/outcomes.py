@@ -1,6 +1,6 @@
 """How graded completions ended: right, cut at the token limit, without an answer, ungraded, or wrong.
 
-When nothing is learned, the largest of these shares is the likeliest cause, and each has its own remedy. Guards, probe and
+When nothing is learned, the largest of these shares is the most likely cause, and each has its own remedy. Guards, probe and
 report use the same words.
 """
 

@@ -39,8 +39,9 @@ def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> N
     size = tokens * teacher.vocabulary * 4
     if top_k is None and size > EXACT_CACHE_LIMIT:
         raise UserError(
-            f"stages.warmup.dense.top_k: exact distributions of {tokens:,} tokens over {teacher.vocabulary:,} entries would take "
-            f"{size / 2**30:,.0f} GiB; set it to 64, say, to keep the top tokens and the mass of the tail"
+            f"dense.top_k of the stage that reads the teacher's rollouts (stages.warmup or stages.sft): exact distributions of "
+            f"{tokens:,} tokens over {teacher.vocabulary:,} entries would take {size / 2**30:,.0f} GiB; set it to 64, say, to keep "
+            "the top tokens and the mass of the tail"
         )
 
 
@@ -93,9 +94,13 @@ def write_distributions(
         if progress is not None:
             progress(len(batch))
         fault_points.failpoint("cache.scored")
-    chunks = [chunk for some in teacher.ranks.gather(chunks) for chunk in some]
+    gathered = teacher.ranks.gather((chunks, groups))
     if not teacher.ranks.is_main:
         return
+    chunks = [chunk for some, _ in gathered for chunk in some]
+    groups = next(
+        (some for _, some in gathered if some), {}
+    )  # rank 0 scores nothing where there are more ranks than rollouts
     save_file(
         {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]} | groups,
         folder / DISTRIBUTIONS,

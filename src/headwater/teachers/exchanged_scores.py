@@ -1,4 +1,4 @@
-"""Scores that one rank computed and another trains on: what travels between them, and its form on arrival."""
+"""Exchange teacher scores between ranks: each score goes to the rank that trains on its rollout."""
 
 from __future__ import annotations
 

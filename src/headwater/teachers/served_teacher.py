@@ -294,7 +294,7 @@ def candidate_scores(model: ServedModel, sequence: Sequence[int], ids_NK: IdsNK,
 
 
 NO_CANDIDATES = (
-    "the server does not score tokens that the student chooses, so its own most likely ones are compared (vLLM from 0.32 on does, with "
+    "the server does not score the student's candidate tokens, so its own top k are compared (vLLM 0.32 and later does, with "
     "--enable-scale-out and VLLM_USE_V2_MODEL_RUNNER=1)"
 )
 

@@ -95,10 +95,10 @@ class ServerClient:
                 return self._request_once(path, body, entries + BASE_ENTRIES)
             except _RetryableError as error:
                 reason = str(error)
-        tries = self.settings.retries + 1
+        tries = "1 try" if self.settings.retries == 0 else f"{self.settings.retries + 1} tries"
         raise TrainingStoppedError(
-            f"{self.field}: {self.url} gave no usable answer in {tries} tries ({reason}); check the server and run again, "
-            "which resumes from here"
+            f"{self.field}: {self.url} returned no valid response in {tries} ({reason}); check the server and run the same command "
+            "again, which resumes"
         )
 
     def _request_once(self, path: str, body: Answer | None, entries: int) -> Answer:
@@ -117,11 +117,13 @@ class ServerClient:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             late = deadline.over or isinstance(error, httpx2.TimeoutException)
             reason = (
-                f"no whole answer within {self.settings.seconds:g} s" if late else error_text(error, MAX_MESSAGE_CHARS)
+                f"no complete response within {self.settings.seconds:g} s"
+                if late
+                else error_text(error, MAX_MESSAGE_CHARS)
             )
             raise _RetryableError(reason) from None
         if deadline.over:  # an answer without a length ends where its connection does
-            raise _RetryableError(f"no whole answer within {self.settings.seconds:g} s")
+            raise _RetryableError(f"no complete response within {self.settings.seconds:g} s")
         _refuse_large(text, entries)
         try:
             answer = json.loads(text)

@@ -1,4 +1,4 @@
-"""A teacher in the student's words: it takes and gives the student's prompts and token ids, and reads its own."""
+"""A teacher with its own prompt or tokenizer: maps rollouts and scores between the student's token ids and the teacher's."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class Alarm:
     def sentence(self, stage: StageOutcomes) -> str:
         """The alarm in words, with its remedy.
 
-        Example: `truncation: 62 % of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
+        Example: `truncation: 62 % of the completions reached the token limit (window of 10 steps; bound 0.5): raise
         stages.opd.sampling.max_tokens`.
         """
         measure = MEASURES[self.guard]
@@ -218,7 +218,7 @@ class Alarm:
             outcomes = stage.over(range(self.step - self.window + 1, self.step + 1))
             if outcomes.total:
                 cause, remedy = f"; {outcomes.because(stage.max_tokens)}", outcomes.remedy(stage.field)
-        window = "the last step" if self.window == 1 else f"mean of the last {self.window} steps"
+        window = "the last step" if self.window == 1 else f"window of {self.window} steps"
         return f"{self.guard}: {description} ({window}; bound {self.bound:g}){cause}: {remedy}"
 
 

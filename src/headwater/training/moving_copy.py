@@ -1,4 +1,4 @@
-"""A frozen copy of the policy that follows it while it trains: a lagged teacher, or a moving average of its weights."""
+"""Lagged or EMA copy of the policy's weights, which teaches the policy while it trains."""
 
 from __future__ import annotations
 

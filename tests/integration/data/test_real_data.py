@@ -151,9 +151,9 @@ def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path)
             assert (row["informative"], row["tokens_trained"], row["updates"]) == (0.0, 0, 0)
     for stage in ("warmup", "opd"):
         assert all(row["tokens_trained"] > 0 for row in rows(node(out, "bridge_rl", stage) / "metrics.jsonl"))
-    assert "No label had an effect in bridge_rl (8 labels): in no group did the rewards differ." in report["verdict"]
+    assert "Labels had no effect in bridge_rl (8 labels): rewards were equal within every group." in report["verdict"]
     assert "In bridge_rl the student was distilled from the teacher as it was before teacher_rl" in report["verdict"]
-    assert "No label had an effect" in (out / "report.html").read_text(encoding="utf-8")
+    assert "Labels had no effect" in (out / "report.html").read_text(encoding="utf-8")
     # Half of the budget each, and none of the evaluation's problems.
     spent = {
         row["stage"]: set(row["labels"])

@@ -236,7 +236,7 @@ def test_doctor_measures_pair_and_names_unequal_prompts(pairs_teacher: Path, tmp
     changes = (f"models.teacher={pairs_teacher}", *ALIGNED, "prompt.teacher={template: '{problem} '}")
     result = tiny("doctor", tmp_path / "out", "--arm", "raw_teacher", changes=changes, whole=True)
     assert "note tokenizers-aligned: models.student and models.teacher: 100.0% of the tokens" in result.out
-    assert "100.0% of the student's vocabulary is the teacher's too; 0 texts are not given back" in " ".join(
+    assert "100.0% of the student's vocabulary is the teacher's too; 0 texts do not round-trip" in " ".join(
         result.out.split()
     )
     assert "note prompts-differ" in result.out

@@ -45,7 +45,7 @@ def test_labels_count_every_check_and_each_problem_once(grader: Grader) -> None:
 def test_labels_refuse_checks_beyond_budget(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 2)
     labels.check([("a", "x")])
-    with pytest.raises(UserError, match=r"^labels\.budget 2: a look at another problem's answer was refused$"):
+    with pytest.raises(UserError, match=r"^labels\.budget 2: exhausted; grading a further problem would exceed it$"):
         labels.check([("a", "x"), ("b", "y"), ("c", "z")])
     assert (labels.looked_at, labels.checks, len(grader.seen)) == ({"a"}, 1, 1)
     labels.check([("b", "y")])  # what the budget still allows

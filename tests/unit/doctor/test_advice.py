@@ -202,7 +202,7 @@ def test_completions_cut_at_their_limit_are_named_before_any_other_advice() -> N
     assert outcome_advice(replace(measures, teacher=model(0.5, 0.1, CUT))).keys() == {"teacher"}
     nowhere = replace(measures, student=model(0.0, 0.0, CUT))
     assert outcome_advice(nowhere).keys() == {"student", "teacher"}
-    assert "First mend what keeps their answers from being judged" in label_advice(nowhere).because
+    assert "First fix what prevents their answers from being graded" in label_advice(nowhere).because
 
 
 def test_outcomes_of_models_with_signal_need_no_advice() -> None:

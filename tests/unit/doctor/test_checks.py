@@ -692,7 +692,7 @@ def test_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "fault", "message"),
     [
-        ("server-unusable", {"gone": True}, "gave no usable answer in 1 tries"),
+        ("server-unusable", {"gone": True}, "returned no valid response in 1 try"),
         ("server-unusable", {"most": 3}, "greater than max allowed: 3"),
         ("server-disagrees", {"shifted": True}, "different ids for the same text"),
         ("server-context-too-short", {"longest": 40}, "takes sequences of 40 tokens"),

@@ -75,7 +75,7 @@ def test_pair_with_lost_texts_is_warned_about(tmp_path: Path) -> None:
     backend.decoder = decoders.Fuse()
     result = examined(tmp_path, teacher_with(tmp_path / "lossy", wrap_tokenizer(backend, 512)), *ALIGNED)
     assert names(result) == {"tokenizers-far-apart": "warning"}
-    assert "32 texts are not given back by the teacher's tokenizer" in result.findings[0].evidence
+    assert "32 texts do not round-trip through the teacher's tokenizer" in result.findings[0].evidence
 
 
 def test_pair_without_common_text_is_refused(tmp_path: Path) -> None:

@@ -55,10 +55,10 @@ def texts(findings: Sequence[Finding]) -> list[str]:
 )
 def test_setting_of_absent_signal_is_warning(setting: str, arm: str, expected: str | None, tmp_path: Path) -> None:
     given = [
-        finding.evidence
+        (finding.name, finding.evidence)
         for finding in training_checks.settings_without_effect(context_of(tmp_path, setting, arms=[arm]))
     ]
-    assert given == ([] if expected is None else [expected])
+    assert given == ([] if expected is None else [("setting-without-effect", expected)])
 
 
 # Learning rates ---------------------------------------------------------------------------------------------------------

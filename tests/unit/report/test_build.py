@@ -400,7 +400,7 @@ def test_verdict_says_why_no_group_was_informative(tmp_path: Path) -> None:
     for step in (1, 2):
         (node / "rollouts" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
     assert (
-        "in no group did the rewards differ. In student_rl 96 % of the completions were cut at max_tokens = 48, 4 % were wrong: "
+        "rewards were equal within every group. In student_rl 96 % of the completions were cut at max_tokens = 48, 4 % were wrong: "
         "raise stages.student_rl.sampling.max_tokens"
     ) in report.build([out])["verdict"]
 

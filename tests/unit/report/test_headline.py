@@ -61,7 +61,7 @@ def test_headline_of_untrained_models_names_best(tmp_path: Path) -> None:
 def test_headline_names_guard_and_step_of_stopped_stage(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge_rl", "replay")}
     out = fake_run(tmp_path / "out", seeds=(0,), arms=arms)
-    why = "guard truncation: 62 % of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise "
+    why = "guard truncation: 62 % of the completions reached the token limit (window of 10 steps; bound 0.5): raise "
     why += "sampling.max_tokens"
     hint = " (or set guards.truncation=warn to continue from the checkpoint)"
     fail(out, names(out, "replay")[1], f"teacher_rl, step 8 of 12: {why}{hint}", 4)

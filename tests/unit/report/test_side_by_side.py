@@ -72,6 +72,10 @@ def test_comparison_page_draws_curves_of_all_runs(runs: list[Path], tmp_path: Pa
 
 def test_runs_are_of_one_recipe_if_only_free_fields_differ(runs: list[Path], tmp_path: Path) -> None:
     assert not side_by_side.of_one_recipe(runs)
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(UserError, match="do not have the format"):
+        side_by_side.of_one_recipe([tmp_path, runs[0]])
+    (tmp_path / "recipe.json").unlink()
     assert side_by_side.of_one_recipe([runs[0], tmp_path])  # a folder without a run is refused by the report
     assert side_by_side.of_one_recipe([changed_recipe(runs[0], seed=7, stages={}), changed_recipe(runs[1], stages={})])
     with pytest.raises(UserError, match="holds no run"):

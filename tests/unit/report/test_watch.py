@@ -292,6 +292,21 @@ def test_served_page_is_rebuilt_in_background_when_files_change(half: Path, monk
     assert '<meta http-equiv="refresh"' not in page.render() and len(builds) == 2
 
 
+def test_served_page_survives_missing_file(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(outs: object) -> str:
+        raise FileNotFoundError(2, "No such file or directory", "metrics.jsonl")
+
+    monkeypatch.setattr(serve.report, "page", vanished)
+    monkeypatch.setattr(serve, "REST_FACTOR", 0.0)
+    page = serve.LivePage([half])
+    assert "metrics.jsonl" in page.render() and '<meta http-equiv="refresh"' in page.render()
+    monkeypatch.setattr(serve.report, "page", lambda outs: "<title>report</title><main></main>")
+    page.render()
+    assert page.builder is not None
+    page.builder.join()
+    assert "<title>report</title>" in page.render()
+
+
 def test_served_runs_of_different_recipes_are_side_by_side(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = half.parent / "other"
     shutil.copytree(half, other)

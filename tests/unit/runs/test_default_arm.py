@@ -35,7 +35,7 @@ def test_plateau_and_kept_half_of_labels_together_choose_bridge_rl(
 def test_default_sentence_names_arm_stages_and_labels(tmp_path: Path) -> None:
     assert choose_arm(find_recipe("pocket", []), tmp_path).sentence == (
         "arm bridge (GRPO on the teacher → warm-up → OPD): the default, which spends all labels on the teacher; `headwater probe` "
-        "checks whether to; --arm names another"
+        "checks whether to; choose another with --arm"
     )
     assert "half of the labels" in choose_arm(find_recipe("pocket", [HALF]), tmp_path).sentence
 

@@ -178,7 +178,7 @@ def test_node_of_killed_worker_is_retried_once_then_fails(deaths: int, tmp_path:
         opd = next(name for name in job.todo if name.startswith("opd"))
     begun = (tmp_path / "begun").read_text().split()
     killed = "its process was killed by SIGKILL (too little memory?)"
-    assert lines[0] == f"warmup on all (seed 0): {killed}; it goes on in another one"
+    assert lines[0] == f"warmup on all (seed 0): {killed}; resuming it in another process"
     assert begun.count(warmup) == 2
     if deaths == 1:
         assert failures == {} and sorted(begun) == sorted([*job.todo, warmup])

@@ -137,7 +137,7 @@ def test_sentences_state_better_undecided_and_changed_order() -> None:
     result = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
     assert result == [
         "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
-        "at labels 256 bridge is not shown to differ from direct_grpo. The order turns between labels 128 and 512."
+        "at labels 256 bridge is not shown to differ from direct_grpo. The order reverses between labels 128 and 512."
     ]
 
 

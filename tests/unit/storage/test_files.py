@@ -142,6 +142,16 @@ def test_new_rows_are_read_from_end_of_last_read(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [3] and read_rows_from(path, more) == ([], more)
 
 
+@pytest.mark.parametrize("after", ['{"step": 1}\n', '{"step": 1}\n{"step": 2, "seconds": 0.25}\n{"step": 3}\n'])
+def test_file_cut_back_and_grown_is_read_from_start(after: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    _, size = read_rows_from(path, 0)
+    path.write_text(after)  # a resumed node writes other seconds, so that its rows have other lengths
+    rows, more = read_rows_from(path, size)
+    assert rows == [json.loads(line) for line in after.splitlines()] and more == len(after)
+
+
 def test_changed_missing_and_longer_files_are_detected(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)

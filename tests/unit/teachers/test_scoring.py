@@ -166,7 +166,7 @@ def test_huge_exact_cache_is_refused_before_sampling_with_top_k_offered(teacher:
     tokens = (64 << 30) // (4 * teacher.vocabulary)  # 64 GiB of float32, to the token
     refuse_huge_cache(teacher, tokens, None)
     refuse_huge_cache(teacher, 100 * tokens, 64)
-    with pytest.raises(UserError, match=r"stages\.warmup\.dense\.top_k.*64 GiB; set it to 64"):
+    with pytest.raises(UserError, match=r"dense\.top_k of the stage.*64 GiB; set it to 64"):
         refuse_huge_cache(teacher, tokens + 1, None)
 
 

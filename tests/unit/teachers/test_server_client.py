@@ -76,7 +76,7 @@ def test_timeout_is_retried() -> None:
 
     with (
         serving(late) as there,
-        pytest.raises(TrainingStoppedError, match=r"1 tries \(no whole answer within 0\.1 s\)"),
+        pytest.raises(TrainingStoppedError, match=r"1 try \(no complete response within 0\.1 s\)"),
     ):
         client(there.url, seconds=0.1, retries=0).request("/v1/models")
 
@@ -98,7 +98,7 @@ def test_answer_of_single_bytes_ends_with_time_limit(part: str) -> None:
 
         sent = pool.submit(drip)
         began = time.monotonic()
-        with pytest.raises(TrainingStoppedError, match=r"no whole answer within 0\.4 s"):
+        with pytest.raises(TrainingStoppedError, match=r"no complete response within 0\.4 s"):
             client(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.4, retries=0).request("/v1/models")
         assert time.monotonic() - began < 3.0 and sent.result() < 60
 
@@ -237,7 +237,9 @@ def test_invalid_proxy_is_refused_by_field(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unreachable_server_is_named_with_its_field(pauses: list[float]) -> None:
-    with pytest.raises(UserError, match=r"models\.teacher: http://127\.0\.0\.1:9/v1 gave no usable answer in 3 tries"):
+    with pytest.raises(
+        UserError, match=r"models\.teacher: http://127\.0\.0\.1:9/v1 returned no valid response in 3 tries"
+    ):
         connect("http://127.0.0.1:9/v1", "models.teacher", QUICK)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.distributions import Aligned
 from headwater.losses.materialized import Exact, Grouped, Sorted, SpanLogp, TopK
 from headwater.models.policy import Policy
@@ -198,6 +202,47 @@ def test_text_without_common_bytes_is_scored_and_not_compared(teacher: Policy, p
         (scored,) = translated(teacher, other, form).distributions([written("é", token_bytes("bytes"))], 1000)  # type: ignore[arg-type]
         assert isinstance(scored, (Aligned, SpanLogp))
         assert ((scored.state_N if isinstance(scored, Aligned) else scored.size_N) < 0).all()
+
+
+@dataclass(frozen=True)
+class Recorded(ProcessGroup):
+    """One process, whose gathered values are kept."""
+
+    gathered: list[Any] = field(default_factory=list)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.gathered.append(value)
+        return [value]
+
+
+@dataclass(frozen=True)
+class FirstOfTwo(ProcessGroup):
+    """Rank 0 of two where rank 1 scores every rollout and sends `other`."""
+
+    other: Any = None
+
+    def shard(self, items: Sequence[Any]) -> list[Any]:
+        return []
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_cache_is_same_where_rank_0_scores_nothing(
+    top_k: int | None, teacher: Policy, pair: TokenPair, tmp_path: Path
+) -> None:
+    """With more ranks than rollouts the groups of tokens are known to other ranks alone."""
+    both = translated(teacher, pair)
+    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 3, 0, 0, "x"), stage_of("opd").sampling)
+    recorded = Recorded()
+    write_distributions(tmp_path, translated(replace(teacher, ranks=recorded), pair), rollouts, top_k, 100)
+    alone = load_file(tmp_path / "distributions.safetensors")
+    shared = translated(replace(teacher, ranks=FirstOfTwo(other=recorded.gathered[0])), pair)
+    write_distributions(tmp_path, shared, rollouts, top_k, 100)
+    again = load_file(tmp_path / "distributions.safetensors")
+    assert "group_of_token" in alone and alone.keys() == again.keys()
+    assert all(torch.equal(alone[name], again[name]) for name in alone)
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

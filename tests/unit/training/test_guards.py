@@ -106,7 +106,7 @@ def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Pat
     assert not heard
     ours.check({"step": 3, "truncated": 1.0})
     assert heard == [
-        "truncation: 100 % of the completions reached the token limit (mean of the last 2 steps; bound 0.5): "
+        "truncation: 100 % of the completions reached the token limit (window of 2 steps; bound 0.5): "
         "raise stages.opd.sampling.max_tokens"
     ]
 
@@ -145,7 +145,7 @@ def test_no_variance_guard_names_largest_cause_in_its_window(tmp_path: Path) -> 
         append_jsonl(NodeDir(tmp_path).rollouts(step), [row] * 4)
         ours.check({"step": step, "informative": 0.0 if step > 1 else 0.5})
     assert heard == [
-        "no_variance: 0 % of the groups have rewards that differ (mean of the last 2 steps; bound 0.01); 100 % of the completions "
+        "no_variance: 0 % of the groups have rewards that differ (window of 2 steps; bound 0.01); 100 % of the completions "
         "were cut at max_tokens = 48: raise stages.opd.sampling.max_tokens or, if the answers never end, lower "
         "stages.opd.sampling.temperature or check stop ids and chat template"
     ]

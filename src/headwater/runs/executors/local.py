@@ -106,7 +106,7 @@ def worker_count(job: Job) -> int:
 
 
 def worker_limit(compute: Compute, device: torch.device, cores: int) -> int:
-    """Worker processes that a machine with so many cores can run. Example: 4 for 8 cores at 2 threads each."""
+    """Most worker processes; 1 on a GPU or without compute.threads. Example: 4 for 8 cores at 2 threads each."""
     if compute.workers is not None:
         return compute.workers
     return 1 if device.type == "cuda" or compute.threads is None else max(1, cores // compute.threads)

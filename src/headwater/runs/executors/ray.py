@@ -89,7 +89,7 @@ class RayExecutor:
 
 
 def start_board(ray: Any) -> Any:
-    """The board, on the driver's machine: that of another machine would be lost with it, and the study with the board."""
+    """Start the Board actor on the driver's node, so that losing another node does not lose it."""
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         node_id=ray.get_runtime_context().get_node_id(), soft=False
     )

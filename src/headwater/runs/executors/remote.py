@@ -122,7 +122,7 @@ class RemoteNode:
             if self._progress is not None:
                 self.close(KeyboardInterrupt())
                 self._job.progress_display.say(
-                    f"{describe(self._job.todo[self.name])}: its process is gone; it goes on in another one"
+                    f"{describe(self._job.todo[self.name])}: its process died; resuming it in another process"
                 )
             self._progress = self._display.enter_context(self._job.show(self.name))
         elif "done" in message:

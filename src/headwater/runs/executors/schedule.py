@@ -49,7 +49,7 @@ class Schedule:
         self._deaths[name] += 1
         if self._deaths[name] < TRIES:
             node = describe(self.job.todo[name])
-            self.job.progress_display.say(f"{node}: its process {how}; it goes on in another one")
+            self.job.progress_display.say(f"{node}: its process {how}; resuming it in another process")
             self._waiting.insert(0, name)
         else:
             self.mark_failed(name, Failure(f"its process {how}, for the second time", 1))
