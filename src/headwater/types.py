@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -150,6 +150,14 @@ class Rollout:
     temperature: float = 1.0
     teacher_ids: tuple[int, ...] = ()
     candidates: IdsNK | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Rollout:
+        """A rollout from its JSON fields, where tuples are lists."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

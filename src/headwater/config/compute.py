@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field
 
 from headwater.config.samplers import SAMPLERS, check_sampler_name
 from headwater.config.schema import Choices, Gib, Name, Positive, Seconds, Strict, Tokens, Unit
@@ -108,7 +108,4 @@ class Compute(Strict):
     ray: Ray = Ray()
     """How `--executor ray` runs a study's nodes."""
 
-    @model_serializer(mode="wrap")
-    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit an overlap of 0: recipes written before the field existed stay equal."""
-        return {name: value for name, value in serialize(self).items() if (name, value) != ("overlap", 0)}
+    LATER = frozenset({"overlap"})

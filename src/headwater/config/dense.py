@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from headwater.config.schema import Steps, Strict, Tokens, Unit
 
@@ -151,12 +151,7 @@ class Dense(Strict):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {
-            "entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers", "start_update",
-            "normalize", "candidates",
-        }  # fmt: skip
-        unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
-        return {name: value for name, value in serialize(self).items() if name not in unset}
+    LATER = frozenset({
+        "entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers", "start_update", "normalize",
+        "candidates",
+    })  # fmt: skip

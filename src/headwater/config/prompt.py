@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import model_validator
 
 from headwater.config.schema import Strict, Tokens
 
@@ -65,8 +63,4 @@ class Prompt(Strict):
             raise ValueError("template must contain {problem}")
         return self
 
-    @model_serializer(mode="wrap")
-    def _written(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit later fields at their defaults: recipes written before they existed stay equal, and so do their fingerprints."""
-        defaults = {"chat": True, "teacher": None}
-        return {name: value for name, value in fields_of(self).items() if (name, value) not in defaults.items()}
+    LATER = frozenset({"chat", "teacher"})

@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -55,10 +53,7 @@ class Models(Strict):
     lora: Lora | None = None
     """Train low-rank adapters; None trains all weights."""
 
-    @model_serializer(mode="wrap")
-    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit a teacher's tokenizer where none is named: recipes written before the field existed stay equal."""
-        return {name: value for name, value in serialize(self).items() if (name, value) != ("teacher_tokenizer", None)}
+    LATER = frozenset({"teacher_tokenizer"})
 
     def named(self, role: str) -> dict[str, str]:
         """Field -> model name of a role; empty if the recipe names none.
@@ -83,10 +78,7 @@ class Columns(Strict):
     tag: str | None = None
     """Selects a problem's teacher if `models.teacher` is a mapping; generated problems are tagged with their task."""
 
-    @model_serializer(mode="wrap")
-    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit a context where none is named: recipes written before the field existed stay equal."""
-        return {name: value for name, value in serialize(self).items() if (name, value) != ("context", None)}
+    LATER = frozenset({"context"})
 
 
 class Generate(Strict):

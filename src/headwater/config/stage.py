@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from headwater.config.dense import Dense
 from headwater.config.lora import Lora
@@ -195,11 +195,7 @@ class Stage(Strict):
         """Whether the loss reads log-probs of the stage's starting weights."""
         return self.spec.reference_kl and self.needs_labels and self.sparse.kl_coef > 0.0
 
-    @model_serializer(mode="wrap")
-    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {"length_schedule": None, "prompts": "pool", "lora": None}
-        return {name: value for name, value in serialize(self).items() if name not in later or value != later[name]}
+    LATER = frozenset({"length_schedule", "prompts", "lora"})
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Stage:

@@ -60,7 +60,7 @@ def memory(context: DoctorContext) -> Iterator[Finding]:
 def largest_pending(context: DoctorContext, inputs: RunInputs) -> tuple[float, str] | None:
     """(persistent bytes, name) of the pending node that needs most; None without pending nodes."""
     estimator = Estimator(context.plan, inputs, context.model_shapes, prompt=0.0, assumptions=Assumptions())
-    node_bytes = [(estimator.persistent_bytes(node), context.plan.names[node]) for node in context.pending]
+    node_bytes = [(estimator.model_bytes(node).total, context.plan.names[node]) for node in context.pending]
     return max(node_bytes, key=lambda pair: pair[0], default=None)
 
 

@@ -139,7 +139,7 @@ class Estimator:
             tokens_sampled=sampled,
             tokens_teacher_scored=scored,
             flops=flops,
-            bytes=self.persistent_bytes(node),
+            bytes=self.model_bytes(node).total,
             memory=self.device_memory(node),
             decoded=decoded,
             measured=measured,
@@ -270,10 +270,6 @@ class Estimator:
         kv_cache = context * shape.kv_cache_numbers * self.bytes_per_value
         read = tokens / rows * shape.matrix_parameters * self.bytes_per_value + tokens * kv_cache
         return read, shape.flops(tokens, context)
-
-    def persistent_bytes(self, node: Node) -> float:
-        """What a node holds from its start to its end, all devices together."""
-        return self.model_bytes(node).total
 
     def model_bytes(self, node: Node) -> ModelBytes:
         """What a node holds from its start to its end, all devices together, by part."""

@@ -60,13 +60,6 @@ def model_bytes(
     )
 
 
-def persistent_bytes(
-    trained: Shape | None, adapter: int, quantized: bool, frozen: Iterable[Shape], width: int
-) -> float:
-    """The sum of `model_bytes`."""
-    return model_bytes(trained, adapter, quantized, frozen, width).total
-
-
 def head_parameters(shape: Shape) -> int:
     """Weights of the output layer, which may be the embedding's."""
     return shape.hidden * shape.vocabulary

@@ -84,7 +84,7 @@ class AheadSampler:
     def load(self, folder: Path, ranks: ProcessGroup) -> None:
         """Continue with a checkpoint's rollouts: what is resumed equals what was not interrupted."""
         if (folder / FILE).exists():
-            self._rollouts = [rollout_of(fields) for fields in read_json(folder / FILE)]
+            self._rollouts = [Rollout.from_json(fields) for fields in read_json(folder / FILE)]
 
     def close(self) -> None:
         """End the thread, and drop what it samples."""
@@ -124,9 +124,3 @@ def one_at_a_time(make_sampler: SamplerFactory) -> SamplerFactory:
     """A factory whose samplers take turns: a measurement waits for the rollouts that are sampled ahead."""
     lock = Lock()
     return lambda policy: LockedSampler(make_sampler(policy), lock)
-
-
-def rollout_of(fields: dict[str, object]) -> Rollout:
-    """A rollout from its JSON fields, where tuples are lists."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return Rollout(**values)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -59,7 +58,10 @@ def write_rollouts(folder: Path, rollouts: Sequence[Rollout]) -> None:
 
 
 def read_rollouts(folder: Path) -> list[Rollout]:
-    return [_rollout(json.loads(line)) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        Rollout.from_json(json.loads(line))
+        for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def write_distributions(
@@ -149,8 +151,3 @@ def read_cache(folder: Path) -> list[Row]:
             TopK(ids, logp.float(), count, group_V) for ids, logp, count in zip(kept, logps, counts, strict=True)
         ]
     return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]
-
-
-def _rollout(stored: dict[str, Any]) -> Rollout:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-    return Rollout(**fields)

@@ -32,7 +32,6 @@ from headwater.runs.memory_estimate import (
     head_parameters,
     model_bytes,
     pass_bytes,
-    persistent_bytes,
     whole_copy_bytes,
 )
 from headwater.runs.setup import prepared
@@ -60,13 +59,13 @@ def test_parameter_counts_equal_published_ones(name: str) -> None:
 
 def test_persistent_memory_is_sum_of_its_parts() -> None:
     shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
-    whole = persistent_bytes(shape, 0, False, (), 2)
+    whole = model_bytes(shape, 0, False, (), 2).total
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
     adapter = shape.adapter_parameters(16, None)
     assert adapter == 43_646_976  # 36 layers × 16 × (4096+4096 + 2·(4096+1024) + 4096+4096 + 3·(4096+12288))
-    assert persistent_bytes(shape, adapter, False, (), 2) == 2.0 * shape.parameters + 16.0 * adapter
+    assert model_bytes(shape, adapter, False, (), 2).total == 2.0 * shape.parameters + 16.0 * adapter
     rest = shape.parameters - shape.linear_parameters
-    four = persistent_bytes(shape, adapter, True, (shape,), 2)
+    four = model_bytes(shape, adapter, True, (shape,), 2).total
     assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
@@ -211,6 +210,6 @@ def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path:
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
     work = pass_bytes(policy.shape, tokens, width, models.gradient_checkpointing, cuda=False, logits=logits)
-    result = persistent_bytes(policy.shape, more, False, (), width) + work
+    result = model_bytes(policy.shape, more, False, (), width).total + work
     print(f"{case}: {result / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
     assert result == pytest.approx(there + grown, rel=0.25)
