@@ -14,7 +14,7 @@ import torch
 from headwater.config.lora import Lora
 from headwater.config.recipe import Models
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, warning
+from headwater.doctor.finding import Finding, error, note, warning
 from headwater.models.adapter_size import adapter_size
 from headwater.models.shape import Shape
 from headwater.runs.estimate import Assumptions, Estimator
@@ -29,8 +29,10 @@ LARGE_CACHE, CACHED_TOP_K = 1 << 30, 64
 """Bytes of an exact teacher cache from which a smaller one is advised, and the tokens that it then keeps at each position."""
 LAYER_ROWS, LAYER_WEIGHTS = 128, 1 << 18
 """Tokens and the most weights of the layer that is timed in both types: a few milliseconds."""
-SLOWER = 1.2
-"""Ratio of times from which bfloat16 is called slower; less is within the noise of a short measurement."""
+SLOWER, MUCH_SLOWER = 1.2, 2.0
+"""Ratios of times from which bfloat16 is called slower, and float32 too slow; less is within the noise of a short measurement."""
+WIDE = 512
+"""Width from which the time of a model is mostly that of its matrix products."""
 
 
 def memory(context: DoctorContext) -> Iterator[Finding]:
@@ -186,17 +188,25 @@ def experts(context: DoctorContext) -> Iterator[Finding]:
 
 
 def compute_dtype(context: DoctorContext) -> Iterator[Finding]:
-    """Whether this CPU computes a layer of the largest model's width more slowly in bfloat16 than in float32: measured."""
-    if context.recipe.models.dtype != "bfloat16" or context.inputs.device.type != "cpu":
+    """Whether this CPU computes a layer of the largest model's width much faster in the other dtype: measured."""
+    if context.inputs.device.type != "cpu":
         return
-    width = max(context.inputs.shape(role).hidden for role in context.roles)
+    dtype, width = context.recipe.models.dtype, max(context.inputs.shape(role).hidden for role in context.roles)
+    if dtype == "float32" and width < WIDE:
+        return
     single, half = layer_seconds(width)
-    if half > SLOWER * single:
+    times = f"forward and backward of a layer of width {width}: {1e3 * half:.2f} ms in bfloat16, {1e3 * single:.2f} in float32"
+    if dtype == "bfloat16" and half > SLOWER * single:
         yield warning(
             "bfloat16-slower",
-            f"models.dtype: bfloat16 is {half / single:.1f} times slower than float32 on this CPU (a forward and backward pass of a "
-            f"layer of width {width} takes {1e3 * half:.2f} against {1e3 * single:.2f} ms)",
+            f"models.dtype: bfloat16 is {half / single:.1f} times slower than float32 on this CPU ({times})",
             "set models.dtype=float32 where the memory allows it, or run on a GPU",
+        )
+    if dtype == "float32" and single > MUCH_SLOWER * half:
+        yield note(
+            "bfloat16-faster",
+            f"models.dtype: bfloat16 is {single / half:.1f} times faster than float32 on this CPU ({times})",
+            "set models.dtype=bfloat16; the weights that train stay float32",
         )
 
 

@@ -568,7 +568,10 @@ def test_slower_bfloat16_is_measured(
     findings = list(resource_checks.compute_dtype(context_of(tmp_path, "models.dtype=bfloat16")))
     assert [finding.name for finding in findings] == names and torch.get_num_threads() == threads
     assert all(float(re.search(r"is ([\d.]+) times", finding.evidence)[1]) > 3 for finding in findings)  # type: ignore[index]
-    assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
+    assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []  # narrow models are not timed
+    monkeypatch.setattr(resource_checks, "WIDE", 1)
+    faster = [finding.name for finding in resource_checks.compute_dtype(context_of(tmp_path))]
+    assert faster == ([] if names else ["bfloat16-faster"])
 
 
 @pytest.mark.parametrize(("used", "names"), [(None, ["experts-per-token-unknown"]), (6, [])])
