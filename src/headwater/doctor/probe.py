@@ -37,8 +37,8 @@ from headwater.models.rope import mixed_lengths
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.display import ProgressDisplay
 from headwater.runs.inputs import RunInputs
-from headwater.runs.own_words import in_own_words
 from headwater.runs.setup import prepared, prompt_day
+from headwater.runs.translated_teacher import translated_teacher
 from headwater.sampling.base import Request
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.ledger import Spend, record
@@ -129,7 +129,7 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
     student, teacher = sample_model("student", task), sample_model("teacher", task)
     dense = recipe.stages.require("opd").dense
     compared = dense.model_copy(update={"divergence": "reverse"})  # whatever the loss compares, C2 is a KL
-    supervisor = in_own_words(teacher.policy, ("student", "teacher"), compared, task.inputs)
+    supervisor = translated_teacher(teacher.policy, ("student", "teacher"), compared, task.inputs)
     refuse_different_widths(student.policy, supervisor, ("models.student", "models.teacher"))
     prompter = task.inputs.prompter(student.policy.tokenizer)
     read = as_student_reads(teacher.rollouts, supervisor, lambda name: prompter.ids(task.inputs.problems[name]))

@@ -18,8 +18,8 @@ from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.own_words import in_own_words
 from headwater.runs.plan import Node, Plan, Role, base_of, reads_contexts
+from headwater.runs.translated_teacher import translated_teacher
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
 from headwater.storage.ledger import Purpose, Spend
@@ -83,13 +83,13 @@ class NodeContext:
         return load_base_teacher(inputs.recipe, stage, inputs.all_problems, inputs.sampler, inputs.device, self.ranks)
 
     def teacher(self, source: Role | Node, node: Node) -> Supervisor:
-        """Load a model that supervises a node's stage. It reads words and token ids of its own where the recipe gives it some."""
-        return self.in_own_words(self.frozen(source, node.settings), base_of(source), node)
+        """Load a model that supervises a node's stage. It has its own prompt and token ids where the recipe gives it some."""
+        return self.translated_teacher(self.frozen(source, node.settings), base_of(source), node)
 
-    def in_own_words(self, model: Teacher, role: Role, node: Node) -> Supervisor:
+    def translated_teacher(self, model: Teacher, role: Role, node: Node) -> Supervisor:
         """A model of this role that supervises a node's stage, behind the prompts and token ids that it reads there."""
         assert node.settings is not None
-        return in_own_words(model, (node.learner, role), node.settings.dense, self.inputs)
+        return translated_teacher(model, (node.learner, role), node.settings.dense, self.inputs)
 
     def labels_shown(self, node: Node) -> frozenset[str]:
         """Problems whose gold answer the teacher of a node's rollouts reads in its context."""

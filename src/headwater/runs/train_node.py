@@ -33,7 +33,7 @@ from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, re
 from headwater.teachers.build import uses_candidates
 from headwater.teachers.cache import read_cache
 from headwater.teachers.composed import ComposedTeacher, gain, product
-from headwater.teachers.exchanged_scores import on_group, scores_travel
+from headwater.teachers.exchanged_scores import can_exchange_scores, on_group
 from headwater.teachers.served_teacher import NO_CANDIDATES
 from headwater.teachers.server_client import is_served
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
@@ -226,7 +226,7 @@ def rollout_source(
         folder.refuse_damage(f"{folder.cache.name}/")
         prompts = inputs.prompts(node.pool, stage)
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks, tags)
-    start = None if reference is None else context.in_own_words(reference, base_of(node.start), node)
+    start = None if reference is None else context.translated_teacher(reference, base_of(node.start), node)
     teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
     prompter = context.prompter(node, policy)
     prompts = inputs.prompts(node.pool, stage)
@@ -248,7 +248,7 @@ def rollout_source(
             context.progress.warn(f"{node.stage}: {NO_CANDIDATES}")
     sampler = context.sampler(policy) if ahead is None else ahead
     if parts > 1 and not policy.ranks.single_process:
-        if teacher is None or not scores_travel(teacher) or not isinstance(sampler, ShardedSampler):
+        if teacher is None or not can_exchange_scores(teacher) or not isinstance(sampler, ShardedSampler):
             parts = 1  # scores that cannot be sent, or vLLM, whose ranks sample together
         elif not isinstance(teacher, ComposedTeacher):
             group = policy.ranks.duplicate()

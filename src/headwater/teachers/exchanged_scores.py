@@ -22,13 +22,13 @@ Key = tuple[str, int]
 Scores = Mapping[Key, Distributions]
 
 
-def scores_travel(teacher: Supervisor | ComposedTeacher) -> bool:
+def can_exchange_scores(teacher: Supervisor | ComposedTeacher) -> bool:
     """Whether a teacher's scores are hidden states of an output layer that every rank has, or tokens and log-probs.
 
     Those of composed teachers and of teachers with another tokenizer refer to more.
     """
     if isinstance(teacher, TranslatedTeacher):
-        return teacher.pair is None and teacher.form != "sorted" and scores_travel(teacher.model)
+        return teacher.pair is None and teacher.form != "sorted" and can_exchange_scores(teacher.model)
     parts = teacher.teachers.values() if isinstance(teacher, TaggedTeachers) else [teacher]
     return all(isinstance(part, ServedTeacher) or (isinstance(part, Policy) and part.has_whole_head) for part in parts)
 

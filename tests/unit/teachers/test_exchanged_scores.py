@@ -14,7 +14,7 @@ from headwater.losses.distributions import FromHidden
 from headwater.losses.materialized import TopK
 from headwater.models.policy import Policy
 from headwater.teachers.composed import ComposedTeacher, gain
-from headwater.teachers.exchanged_scores import exchanged, scores_travel
+from headwater.teachers.exchanged_scores import can_exchange_scores, exchanged
 from headwater.teachers.scoring import distributions_of
 from tiny import sampled_rows, tiny_policy
 
@@ -54,4 +54,4 @@ def test_exchanged_scores_equal_those_made_here(policy: Policy) -> None:
 
 
 def test_composed_scores_stay_where_they_were_made(policy: Policy) -> None:
-    assert scores_travel(policy) and not scores_travel(ComposedTeacher((policy, policy), gain))
+    assert can_exchange_scores(policy) and not can_exchange_scores(ComposedTeacher((policy, policy), gain))

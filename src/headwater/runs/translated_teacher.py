@@ -12,8 +12,8 @@ from headwater.teachers.build import TaggedTeachers, Teacher
 from headwater.teachers.translated import Supervisor, TranslatedTeacher, form_of
 
 
-def in_own_words(model: Teacher, roles: tuple[str, str], dense: Dense, inputs: RunInputs) -> Supervisor:
-    """The model as the learner reads it: behind the prompts and in the token ids that the teacher reads.
+def translated_teacher(model: Teacher, roles: tuple[str, str], dense: Dense, inputs: RunInputs) -> Supervisor:
+    """The model behind the prompts and token ids that it reads itself, where the recipe gives it some; else the model.
 
     Several teachers by tag have one tokenizer, and each its own chat template.
 
