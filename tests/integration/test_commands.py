@@ -185,7 +185,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "held-out.jsonl --task sums --device cpu",
         "labels:",
     ),
-    "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
+    "doctor RECIPE": ("doctor my.yaml", "no errors"),
     "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--verbose] [--json]": (
         "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --verbose --json",
         '"findings"',
