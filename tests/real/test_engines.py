@@ -27,8 +27,8 @@ if importlib.util.find_spec("vllm") is not None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes on a CPU
 MODEL = (CACHE / "SmolLM2-135M-Instruct").resolve()
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
-PROBLEMS = int(os.environ.get("HEADWATER_REAL_PROBLEMS", "50"))
-"""Each takes 6 to 7 seconds of processor time, on both sides together."""
+PROBLEMS = int(os.environ.get("HEADWATER_REAL_PROBLEMS", "100"))
+"""Each takes 5 to 7 seconds of processor time, on both sides together."""
 MAX_TOKENS = 160
 TEMPLATE = "{problem}\nThink step by step, briefly. End with a line that says #### and then the number alone."
 
