@@ -33,10 +33,12 @@ chaos: .venv/installed-test
 	$(PY) -m pytest -m chaos
 	PYTHONPATH=. $(PY) tests/support/chaos.py --kills 500
 
-# Runs of several processes that take longer, those on Ray, and what a rank holds in memory. Ray gets an environment of its own.
-many: .venv-many/installed
+# Runs of several processes that take longer, those on Ray, those with an engine a rank (vLLM's CPU build), and what a rank holds in memory.
+# Ray gets an environment of its own.
+many: .venv-many/installed .venv-bench/installed-engines
 	.venv-many/bin/python -m pytest -m 'many or not many' tests/integration/test_torchrun.py tests/integration/test_ray.py \
 	  tests/integration/test_torchrun_engines.py tests/integration/training/test_overlap.py
+	.venv-bench/bin/python -m pytest -m engines tests/integration/engines/test_vllm_ranks.py
 	for n in 1 2 4; do PYTHONPATH=. .venv-many/bin/torchrun --nproc-per-node $$n tests/support/ranks_memory.py; done
 
 .venv-many/installed: pyproject.toml constraints.txt
