@@ -231,6 +231,7 @@ PARSED_ONLY = {
     "stages.opd.dense.tokenizers=prefix --set stages.warmup.steps=2 --set stages.warmup.batch_size=16  --set "
     "stages.opd.batch_size=8 --set stages.opd.group_size=2 --set stages.opd.steps=24 --set conditions.every=8 --set "
     "data.evals.one_operation.generate.count=60": "needs the weights of `make real`",
+    "run examples/gsm8k_cpu.yaml --arm bridge_rl --out RUNS/gsm8k-cpu": "needs weights that tools.real fetches, and GSM8K",
     "study paper-qwen3-one-gpu --arms direct_grpo,bridge --out runs/paper": "needs a GPU",
     "validate --task python": "a sentence names it without its file",
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",

@@ -130,7 +130,7 @@ def test_student_chooses_candidates_or_run_says_why_not(
         result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
         sent = [body["sampling_params"] for path, body in there.requests if path == "/inference/v1/generate"]
     assert result.code == 0, result.err
-    assert result.err.count("the server does not score tokens that the student chooses") == (not scale_out)
+    assert result.err.count("the server does not score the student's candidate tokens") == (not scale_out)
     probes = [request for request in sent if request["prompt_logprob_token_ids"] == [[0]]]  # whether it can
     scored = [request["prompt_logprob_token_ids"] for request in sent if request not in probes]
     assert probes and bool(scored) == scale_out

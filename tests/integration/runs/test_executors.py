@@ -151,7 +151,7 @@ def test_killed_worker_is_replaced_and_interrupted_study_resumes_bitwise(tmp_pat
     wait_for_steps(out, "student_rl", 2, process)
     for pid in workers_of(process)[:1]:
         os.kill(pid, signal.SIGKILL)
-    while "it goes on in another one" not in process.err():
+    while "resuming it in another process" not in process.err():
         assert process.poll() is None, process.err()
         time.sleep(0.005)
     assert "was killed by SIGKILL" in process.err()

@@ -211,6 +211,6 @@ def test_cache_of_whole_large_vocabulary_is_named(tmp_path: Path) -> None:
     (finding,) = [row for row in resource_checks.disk(context) if row.name == "cache-whole-vocabulary"]
     tokens = 16 * 4 * 32
     assert f"take 0.6 MiB for each token, up to {tokens * 151_936 * 4 / 2**30:.1f} GiB in all" in finding.evidence
-    assert finding.remedy == "set stages.warmup.dense.top_k=64"
+    assert finding.remedy == "set dense.top_k=64 in the stage that reads it (stages.warmup or stages.sft)"
     smaller = context_of(tmp_path, "stages.warmup.dense.top_k=64", arms=("bridge",), size={"vocabulary": 151_936})
     assert list(resource_checks.disk(smaller)) == []
