@@ -17,7 +17,7 @@ class Guard(Strict):
     bound: Annotated[float, Field(ge=0.0)]
     """Value of the metric beyond which the guard acts."""
     window: Steps
-    """Steps over which the metric is averaged; for `teacher_jump` those of each of the two windows whose medians are compared."""
+    """Steps over which the metric is averaged; `teacher_jump` compares the medians of two consecutive windows."""
 
 
 class ShareGuard(Guard):

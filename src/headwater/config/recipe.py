@@ -100,8 +100,8 @@ class Source(Strict):
     """Source of problems: a file, a folder saved by `datasets`, a hub id, or a generator."""
 
     path: str | None = None
-    """JSONL, JSON, CSV, TSV, Parquet or Arrow file, folder saved by `datasets`, or hub id. A relative path is looked up beside the
-    recipe's file, then in the working directory."""
+    """JSONL, JSON, CSV, TSV, Parquet or Arrow file, folder saved by `datasets`, or hub id. A relative path is resolved against
+    the folder of the recipe, then against the working directory."""
     split: str = "train"
     """Split of a hub dataset or of a folder with several."""
     columns: Columns = Columns()

@@ -76,10 +76,8 @@ class LivePage:
         try:
             page = report.page if side_by_side.of_one_recipe(self.outs) else side_by_side.current_page
             self.html, self.built_from = page(self.outs), versions
-        except (
-            HeadwaterError,
-            OSError,
-        ) as error:  # the run has just started or is writing a row: the next request tries again
+        except (HeadwaterError, OSError) as error:
+            # The run has just started, is writing a row or removes a file: the next request tries again.
             self.html = self.html or render("message.html.j2", {"message": str(error)})
         self.next_build = time.monotonic() + REST_FACTOR * (time.monotonic() - started)
 
