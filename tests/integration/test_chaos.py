@@ -20,6 +20,7 @@ from tests.integration.test_faults import (
     KILLED,
     NOT_REACHED,
     REFUSED,
+    WRITES,
     check_damaged_files,
     check_refused_file,
     go,
@@ -46,7 +47,7 @@ def test_run_killed_at_first_middle_and_last_arrival_resumes_bit_for_bit(name: s
         assert differing(out, whole()) == [], count
 
 
-@pytest.mark.parametrize("name", sorted(fault_points.WRITES - {"folder.moved"}))
+@pytest.mark.parametrize("name", sorted(WRITES - {"folder.moved"}))
 def test_full_disk_at_first_middle_and_last_write_exits_4_and_resumes(name: str, tmp_path: Path) -> None:
     for count in arrivals(name):
         out = tmp_path / str(count)

@@ -86,11 +86,6 @@ POINTS = {
 }
 """Name of each failpoint, in the order of a run -> what has happened when it is reached."""
 
-WRITES = frozenset(name for name in POINTS if name.split(".")[0] in ("file", "append", "folder")) - {
-    "file.durable", "append.done", "folder.durable",
-} | {"checkpoint.weights", "checkpoint.optimizer", "checkpoint.sums", "model.written", "cache.rollouts", "cache.written"}  # fmt: skip
-"""Failpoints inside a write, where the disk can be full."""
-
 Fault = Callable[[str], None]
 _fault: Fault | None = None
 

@@ -124,10 +124,10 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, CHECK: _check(value)})
 
 
-def read_checked(path: Path, strict: bool = False) -> dict[str, Any]:
+def read_checked(path: Path) -> dict[str, Any]:
     """Read what `write_checked` wrote. Raises UserError that names the file when it is missing, malformed or changed.
 
-    A file without a checksum comes from an earlier version and is accepted, unless `strict`.
+    A file without a checksum comes from an earlier version and is accepted.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -135,7 +135,7 @@ def read_checked(path: Path, strict: bool = False) -> dict[str, Any]:
     checksum = value.pop(CHECK, None)
     # A file whose checksum key is damaged must not pass for one without a checksum.
     early = checksum is None and not any(isinstance(item, str) and len(item) == 64 for item in value.values())
-    if checksum != _check(value) and (strict or not early):
+    if checksum != _check(value) and not early:
         raise UserError(f"{path}: is damaged (its checksum differs)")
     return value
 

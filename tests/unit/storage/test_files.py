@@ -78,12 +78,10 @@ def test_checked_file_detects_every_flipped_bit(tmp_path: Path) -> None:
                 continue
 
 
-def test_unchecked_file_of_earlier_version_is_accepted_unless_strict(tmp_path: Path) -> None:
+def test_unchecked_file_of_earlier_version_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "DONE"
     path.write_text('{"fingerprint": "ab"}')
     assert read_checked(path) == {"fingerprint": "ab"}
-    with pytest.raises(UserError):
-        read_checked(path, strict=True)
 
 
 @pytest.mark.parametrize(
