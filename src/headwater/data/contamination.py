@@ -20,6 +20,7 @@ SHARE = 0.5
 NEAR = 0.8
 """Covered by this fraction, common n-grams included, a text is a copy: a problem copied eleven times is still a copy."""
 
+Gram = tuple[str, ...]
 _WORD = re.compile(r"\d+|[a-z]+|[^\W\d_a-z]")
 
 
@@ -49,10 +50,10 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(strip_sizing(text).casefold())
 
 
-def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem]], n: int = NGRAM) -> list[Leak]:
+def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem]]) -> list[Leak]:
     """One leak per problem and evaluation set that shares it, in the order of both; linear in the length of the texts.
 
-    Texts shorter than n words are compared as a whole only. Spaces, punctuation, case and signs are ignored, so "a + b"
+    Texts shorter than NGRAM words are compared as a whole only. Spaces, punctuation, case and signs are ignored, so "a + b"
     matches "a − b": removing a few problems too many is better than a contaminated evaluation. Of a conversation the user's turns
     are compared, without those that the conversations repeat (`repeated_turns`); a single turn is compared with whole problems.
 
@@ -64,35 +65,33 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
     ]
     whole: dict[str, dict[str, str]] = defaultdict(dict)
     parts: dict[str, dict[str, str]] = defaultdict(dict)
-    by_gram: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    by_gram: dict[Gram, list[int]] = defaultdict(list)
     for index, (name, problem, words) in enumerate(indexed):
         whole[letters_and_digits(_asked(problem))].setdefault(name, problem.id)
         for turn in _turns(problem, repeated) if problem.turns else ():
             parts[letters_and_digits(turn)].setdefault(name, problem.id)
-        for gram in _grams(words, n):
+        for gram in _grams(words):
             if not (indices := by_gram[gram]) or indices[-1] != index:
                 indices.append(index)
     searched = [words_of(_asked(problem, repeated)) for problem in problems]
-    # Start positions of shared n-grams; most texts share none.
-    shared = [[start for start, gram in enumerate(_grams(words, n)) if gram in by_gram] for words in searched]
-    counts: Counter[tuple[str, ...]] = Counter()
-    for words, starts in zip(searched, shared, strict=True):
-        counts.update({tuple(words[start : start + n]) for start in starts})
+    # Shared n-grams with their start positions; most texts share none.
+    shared = [[(start, gram) for start, gram in enumerate(_grams(words)) if gram in by_gram] for words in searched]
+    counts = Counter(gram for grams in shared for gram in {gram for _, gram in grams})
     leaks: list[Leak] = []
-    for problem, words, starts in zip(problems, searched, shared, strict=True):
+    for problem, words, grams in zip(problems, searched, shared, strict=True):
         letters = letters_and_digits(_asked(problem))
         same = parts.get(letters, {}) | whole.get(letters, {})
         for turn in _turns(problem, repeated) if problem.turns else ():
             same |= whole.get(letters_and_digits(turn), {})
         leak_by_eval = {name: Leak(problem.id, name, "exact", other_id, 1.0) for name, other_id in same.items()}
-        for index, (rare, any_) in _covered(words, starts, by_gram, counts, n).items():
+        for index, (rare, any_) in _covered(grams, by_gram, counts).items():
             name, other, other_words = indexed[index]
             shorter = min(len(words), len(other_words))
-            share = max(rare, any_) / shorter
+            share = any_ / shorter
             better = name not in leak_by_eval or (
                 leak_by_eval[name].why == "ngram" and share > leak_by_eval[name].share
             )
-            if better and (rare / shorter >= SHARE or any_ / shorter >= NEAR):
+            if better and (rare / shorter >= SHARE or share >= NEAR):
                 leak_by_eval[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
         leaks += [leak_by_eval[name] for name in evals if name in leak_by_eval]
     return leaks
@@ -122,27 +121,22 @@ def _asked(problem: Problem, without: frozenset[str] = frozenset()) -> str:
     return "\n".join(_turns(problem, without))
 
 
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+def _grams(words: Sequence[str]) -> list[Gram]:
+    return [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
 
 
 def _covered(
-    words: Sequence[str],
-    starts: Sequence[int],
-    by_gram: Mapping[tuple[str, ...], Sequence[int]],
-    counts: Mapping[tuple[str, ...], int],
-    n: int,
+    grams: Sequence[tuple[int, Gram]], by_gram: Mapping[Gram, Sequence[int]], counts: Mapping[Gram, int]
 ) -> dict[int, tuple[int, int]]:
     """Words covered by the n-grams shared with each evaluation problem: by uncommon n-grams, and by all of them."""
     ends: dict[int, tuple[int, int]] = {}  # where the words covered so far end, likewise
     covered: dict[int, tuple[int, int]] = {}
-    for start in starts:
-        gram = tuple(words[start : start + n])
-        end, common = start + n, counts[gram] > COMMON
+    for start, gram in grams:
+        end = start + NGRAM
         for index in by_gram[gram]:
             (rare_end, any_end), (rare, any_) = ends.get(index, (0, 0)), covered.get(index, (0, 0))
             any_, any_end = any_ + end - max(start, any_end), end
-            if not common:
+            if counts[gram] <= COMMON:
                 rare, rare_end = rare + end - max(start, rare_end), end
             ends[index], covered[index] = (rare_end, any_end), (rare, any_)
     return covered

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations
 
-from headwater.data.sources import LoadedProblems, without_leaks
+from headwater.data.contamination import find_leaks
+from headwater.data.sources import LoadedProblems
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, note, try_each, warning
@@ -136,7 +137,7 @@ def evaluations(context: DoctorContext) -> Iterator[Finding]:
                 "give it another file, or remove it from data.evals",
             )
     for (first, loaded), (second, other) in combinations(evals.items(), 2):
-        shared = without_leaks(loaded, {second: other})[1][second]
+        shared = [leak.problem_id for leak in find_leaks(loaded.problems, {second: other.problems})]
         if shared:
             yield warning(
                 "evaluations-overlap",

@@ -278,7 +278,7 @@ def data_facts(request: FitRequest, student: ModelFolder, teacher: ModelFolder) 
         labeled, held_out, share = hold_out(labeled, request.data)
     else:
         held_out = load(Source(path=request.evals, columns=request.columns), "--evals", True, grading_task.gold)
-    labeled = without_leaks(labeled, {"held_out": held_out})[0]
+    labeled = without_leaks(labeled, {"held_out": held_out})
     if len(labeled.problems) < FEWEST_LABELS:
         raise UserError(
             f"--data: {request.data} has {len(labeled.problems)} problems to train on, outside the evaluation; at least "

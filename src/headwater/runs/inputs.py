@@ -139,7 +139,7 @@ class RunInputs:
         held_out = self.eval_sources
         if name != VALIDATION and VALIDATION in self.data_fields:
             held_out = {**held_out, VALIDATION: self.decontaminated(VALIDATION)}
-        return without_leaks(self.source(name), held_out)[0]
+        return without_leaks(self.source(name), held_out)
 
     @property
     def eval_sources(self) -> dict[str, LoadedProblems]:

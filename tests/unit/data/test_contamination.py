@@ -25,8 +25,8 @@ def problems(*texts: str) -> list[Problem]:
     return [Problem.of(text, "here") for text in texts]
 
 
-def leaks(train: list[Problem], *evaluation: str, n: int = 13) -> list[Leak]:
-    return find_leaks(train, {"held": problems(*evaluation)}, n)
+def leaks(train: list[Problem], *evaluation: str) -> list[Leak]:
+    return find_leaks(train, {"held": problems(*evaluation)})
 
 
 def shared(name: str) -> LoadedProblems:
@@ -68,9 +68,9 @@ def test_leaks_require_half_of_shorter_text() -> None:
 def test_leaks_compare_short_texts_whole() -> None:
     assert leaks(problems("What is 2 + 2? Explain why this is so."), "What is 2 + 2?") == []
     assert [leak.why for leak in leaks(problems("what is 2+2"), "What is 2 + 2?")] == ["exact"]
-    assert [
-        leak.why for leak in leaks(problems("What is the value of 2 + 3 now?"), "What is the value of 2 + 3", n=4)
-    ] == ["ngram"]
+    twelve = "How many of the 12 red apples are left after Ann eats"
+    assert leaks(problems(f"{twelve} one?"), twelve) == []
+    assert [leak.why for leak in leaks(problems(f"{twelve} 5 now?"), f"{twelve} 5?")] == ["ngram"]
 
 
 def test_leaks_ignore_common_phrase_but_not_frequent_copy() -> None:
@@ -94,10 +94,10 @@ def test_leaks_name_each_evaluation_and_are_removed_from_all_pools() -> None:
         "two": LoadedProblems(problems(LONG), {}),
         "three": LoadedProblems([], {}),
     }
-    kept, report = without_leaks(train, evals)
-    assert report == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
+    kept = without_leaks(train, evals)
     assert [problem.text for problem in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
-    assert [(leak.eval, leak.why) for leak in kept.leaks] == [("one", "exact"), ("two", "exact")]
+    copies = [(leak.problem_id, leak.eval, leak.why) for leak in kept.leaks]
+    assert copies == [(problem_id(LONG), "one", "exact"), (problem_id(LONG), "two", "exact")]
     assert leak_row("data.labeled", kept.leaks[0], kept)["rows"] == [3, 7]
 
 
@@ -115,7 +115,7 @@ def test_leaks_in_dapo_take_seconds() -> None:
     train = shared("dapo_math_17k/train.jsonl")
     evals = {name: shared(f"{name}/test.jsonl") for name in ("math500", "amc23", "aime24", "aime25", "math")}
     started = time.perf_counter()
-    kept, _ = without_leaks(train, evals)
+    kept = without_leaks(train, evals)
     assert time.perf_counter() - started < 20  # 17k × 5.6k rows; about 2 s on one core of a shared machine
     rows = {
         (name, why): sum(

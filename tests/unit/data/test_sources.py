@@ -331,8 +331,8 @@ def test_leaked_problems_are_removed_despite_punctuation(tmp_path: Path) -> None
     rows = [{"problem": "Find $|m|$!", "answer": "1"}, {"problem": "b", "answer": "2"}]
     train = read(write(tmp_path / "a.jsonl", *rows))
     test = read(write(tmp_path / "b.jsonl", {"problem": "find $\\left| m \\right|$ ?", "answer": "1"}))
-    kept, leaks = without_leaks(train, {"held_out": test, "other": LoadedProblems([], {})})
-    assert leaks == {"held_out": [problem_id("Find $|m|$!")], "other": []}
+    kept = without_leaks(train, {"held_out": test, "other": LoadedProblems([], {})})
+    assert [(leak.eval, leak.problem_id) for leak in kept.leaks] == [("held_out", problem_id("Find $|m|$!"))]
     assert [problem.text for problem in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
     assert len(train.problems) == 2
 
@@ -342,14 +342,11 @@ def test_dapo_duplicates_contradictions_and_leaks_are_counted() -> None:
     evals = {name: read(shared(f"{name}/test.jsonl")) for name in ("math500", "amc23", "aime24", "aime25")}
     assert train.duplicates == 996
     assert len(train.contradictions) == 15
-    kept, leaks = without_leaks(train, evals)
-    exact = {(leak.eval, leak.problem_id) for leak in kept.leaks if leak.why == "exact"}
-    rows = {
-        name: sum(len(train.rows[problem_id]) for problem_id in ids if (name, problem_id) in exact)
-        for name, ids in leaks.items()
-    }
+    kept = without_leaks(train, evals)
+    exact = [leak for leak in kept.leaks if leak.why == "exact"]
+    rows = {name: sum(len(train.rows[leak.problem_id]) for leak in exact if leak.eval == name) for name in evals}
     assert rows == {"math500": 9, "amc23": 11, "aime24": 0, "aime25": 0}
-    assert len(kept.problems) == len(train.problems) - len({problem_id for ids in leaks.values() for problem_id in ids})
+    assert len(kept.problems) == len(train.problems) - len({leak.problem_id for leak in kept.leaks})
 
 
 @pytest.mark.parametrize(
