@@ -167,15 +167,20 @@ def naming_of(answers: Sequence[tuple[str, Any, Choices]]) -> Naming | None:
 
 @dataclass(frozen=True)
 class ReadRow:
-    """A row as it is read: its number, conversation, answer, and the choices in columns beside the problem.
+    """A row as it is read: its number, conversation, answer, and what other columns hold.
 
-    answer  the gold answer; the cell with it in a row with choices
+    answer   the gold answer; of a row with choices the cell with it, until `with_choices` knows how the file names them
+    choices  in columns beside the problem
+    tag      selects the problem's teacher
+    context  text for the teacher alone
     """
 
     number: int
     conversation: Conversation
     answer: Any
     choices: Choices | None = None
+    tag: str = ""
+    context: str = ""
 
     def shows_choices(self, labelled: bool) -> bool:
         return self.choices is None or self.choices.are_shown(self.conversation.turns[-1][1], labelled)

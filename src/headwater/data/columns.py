@@ -140,10 +140,9 @@ def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> s
         fill_template(given.problem, row, where)
         return given.problem
     column = _find(given.problem, PROBLEM_COLUMNS, row)
-    if column is None and given.problem is None:
-        column = _only(FURTHER_PROBLEM_COLUMNS, row, "problem", where)
-    elif column is not None and given.problem is None:
-        column = _joined(row, column) or column
+    if given.problem is None:
+        further = FURTHER_PROBLEM_COLUMNS
+        column = _only(further, row, "problem", where) if column is None else _joined(row, column) or column
     return column or _refuse(given.problem, PROBLEM_COLUMNS, row, "problem", where)
 
 
@@ -156,8 +155,8 @@ def find_answer_column(
     """
     column = _find(given.answer, ANSWER_COLUMNS, row)
     if column is None and given.answer is None:
-        judged = [name for name in row if isinstance(row[name], bool)]
-        column = _only(further, {name: row[name] for name in row if name not in judged}, "answer", where)
+        unjudged = {name: cell for name, cell in row.items() if not isinstance(cell, bool)}
+        column = _only(further, unjudged, "answer", where)
     if column is None and (needed or given.answer is not None):
         _refuse(given.answer, ANSWER_COLUMNS, row, "answer", where)
     return column
@@ -229,9 +228,9 @@ def _texts(cell: Any, levels: int = NESTED) -> Iterator[str]:
             yield from _texts(part, levels - 1)
 
 
-def _folded(row: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, str]:
+def _folded(names: Iterable[str]) -> dict[str, str]:
     """Names in lower case with `_` for spaces -> names as they are, the first of equal ones."""
-    return {name.lower().replace(" ", "_"): name for name in reversed(list(map(str, row) if names is None else names))}
+    return {name.lower().replace(" ", "_"): name for name in reversed(list(map(str, names)))}
 
 
 def _joined(row: Mapping[str, Any], column: str) -> str | None:
@@ -249,7 +248,7 @@ def _is_text(value: Any) -> bool:
 
 def _only(usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> str | None:
     """The column of a row that has one of these names. Raises UserError if two of them hold different values."""
-    folded = _folded(row, column_names(row))
+    folded = _folded(column_names(row))
     pair = next((_joined(row, folded[name]) for name in usual if name in folded), None)
     if pair is not None:
         return pair
@@ -269,7 +268,7 @@ def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> st
     """The column that a recipe names, or the first usual one, preferably in its usual case; None if the row has none."""
     names = list(column_names(row))
     if given is None:
-        folded = _folded(row, names)
+        folded = _folded(names)
         for column in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
             return column
     for path in usual if given is None else (given,):  # what is left are paths into JSON text and lists

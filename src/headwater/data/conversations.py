@@ -49,19 +49,19 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         value = _parsed(value.strip())
         messages = messages_of(value) if isinstance(value, (list, dict)) else None
-        return (
-            messages if messages and _key(messages[0], _CONTENT_KEYS) else None
-        )  # else a text that happens to be JSON
-    if isinstance(value, dict) and "messages" in value and not _key(value, _ROLE_KEYS):
+        if not messages or _value(messages[0], _CONTENT_KEYS) is None:
+            return None  # a text that happens to be JSON
+        return messages
+    if isinstance(value, dict) and "messages" in value and not _has_role(value):
         return messages_of(value["messages"])
-    if isinstance(value, dict) and _key(value, _ROLE_KEYS):
+    if _has_role(value):
         columns = {name: column for name, column in value.items() if column is not None}
         if all(isinstance(column, list) for column in columns.values()):
             if len({len(column) for column in columns.values()}) > 1:
                 return None
             return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
         value = [value]
-    if isinstance(value, list) and value and all(isinstance(turn, dict) and _key(turn, _ROLE_KEYS) for turn in value):
+    if isinstance(value, list) and value and all(map(_has_role, value)):
         return value
     return None
 
@@ -146,18 +146,23 @@ def refuse_media(row: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _key(message: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if message.get(name) is not None), None)
+def _value(message: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What a message holds under the first of these names; None where it holds nothing."""
+    return next((message[name] for name in names if message.get(name) is not None), None)
+
+
+def _has_role(message: Any) -> bool:
+    return isinstance(message, dict) and _value(message, _ROLE_KEYS) is not None
 
 
 def _role(message: Mapping[str, Any]) -> str:
-    """The role of a message in lower case; "" if it has none, which `_turn` refuses."""
-    return str(message.get(_key(message, _ROLE_KEYS) or "", "")).strip().lower()
+    """The role of a message in lower case; `_turn` refuses one that is none, or missing."""
+    return str(_value(message, _ROLE_KEYS) or "").strip().lower()
 
 
 def _is_blank_system(message: Mapping[str, Any]) -> bool:
     """Whether a message is a system turn without text, which says nothing and which many templates refuse."""
-    content = next((message[name] for name in _CONTENT_KEYS if message.get(name) is not None), None)
+    content = _value(message, _CONTENT_KEYS)
     blank = content in (None, [], {}) or (isinstance(content, str) and not content.strip())
     return blank and ROLES.get(_role(message)) == "system"
 
@@ -171,10 +176,10 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
     for name in _CALLS:
         if message.get(name):
             raise UserError(f"{where} holds {name}, which a text prompt cannot; remove such rows")
-    key = _key(message, _CONTENT_KEYS)
-    if key is None:
+    value = _value(message, _CONTENT_KEYS)
+    if value is None:
         raise UserError(f"{where} ({role}) has no content; give it a text, or remove the row")
-    content = _text(message[key], where)
+    content = _text(value, where)
     if not content.strip() and ROLES[role] == "user":
         raise UserError(f"{where} is blank")
     return ROLES[role], encodable(content, where)
@@ -215,7 +220,6 @@ def reference_of(message: Mapping[str, Any], where: str) -> Any:
     truth = message.get("ground_truth")
     if truth is not None:
         return truth["value"] if isinstance(truth, dict) and "value" in truth else truth
-    key = _key(message, _CONTENT_KEYS)
-    content = None if key is None else message[key]
+    content = _value(message, _CONTENT_KEYS)
     text = _text(content, where) if isinstance(content, list) and content else content
     return after_thinking(text) if isinstance(text, str) else text

@@ -10,7 +10,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.cells import plain_value
 from headwater.data.choices import choices_of
-from headwater.data.columns import answer_at, find_answer_column, find_problem_column
+from headwater.data.columns import answer_at, find_answer_column
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks.choice import letters_of
@@ -33,19 +33,14 @@ _TESTS = re.compile(r"\s*(?:assert\b|def (?:test_|check\b)|import |from \w+ impo
 class FileDescription:
     """What the rows of a file hold.
 
-    problem, answer  columns; `answer` is None where no column of that name is there (a conversation's last turn may hold it)
-    task             built-in task whose grader fits the answers
-    reason           what the task was chosen by, as a phrase with its numbers
-    solutions        texts of worked solutions; empty if there are none
-    solution_column  where they stand
+    task       built-in task whose grader fits the answers
+    reason     what the task was chosen by, as a phrase with its numbers
+    solutions  texts of worked solutions; empty if there are none
     """
 
-    problem: str
-    answer: str | None
     task: str
     reason: str
     solutions: tuple[str, ...]
-    solution_column: str | None
 
 
 def describe(source: Source, where: str) -> FileDescription:
@@ -53,14 +48,12 @@ def describe(source: Source, where: str) -> FileDescription:
     rows = [row for _, (_, row) in zip(range(MOST_ROWS), read_rows(source, where), strict=False)]
     if not rows:
         raise UserError(f"{where} is empty")
-    problem = find_problem_column(source.columns, rows[0], where)
     answer = find_answer_column(source.columns, rows[0], where, needed=False)
     cells = [] if answer is None else [plain_value(answer_at(row, answer)) for row in rows]
     listed = sum(choices_of(row) is not None for row in rows)
     choice = "choice", f"{listed} of {len(rows)} rows list choices, which are written into the problem with letters"
     task, reason = choice if listed >= NEARLY_ALL * len(rows) else task_of(cells)
-    column, solutions = _solutions(rows, answer, cells)
-    return FileDescription(problem, answer, task, reason, solutions, column)
+    return FileDescription(task, reason, _solutions(rows, answer, cells))
 
 
 def task_of(cells: Sequence[Any]) -> tuple[str, str]:
@@ -100,16 +93,14 @@ def _maths_gold(cell: Any) -> str | None:
         return None
 
 
-def _solutions(
-    rows: Sequence[Mapping[str, Any]], answer: str | None, cells: Sequence[Any]
-) -> tuple[str | None, tuple[str, ...]]:
-    """(column, texts) of the worked solutions: the answers' own cells if most of them are, else a column that usually has them."""
+def _solutions(rows: Sequence[Mapping[str, Any]], answer: str | None, cells: Sequence[Any]) -> tuple[str, ...]:
+    """The worked solutions: the answers' own cells if most of them are, else those of a column that usually has them."""
     columns = {} if answer is None else {answer: cells}
     columns |= {
         name: [row.get(name) for row in rows] for name in SOLUTION_COLUMNS if name in rows[0] and name != answer
     }
-    for name, values in columns.items():
+    for values in columns.values():
         worked = tuple(text for text in values if isinstance(text, str) and len(text.split()) >= WORKED_WORDS)
         if len(worked) >= MOST * len(rows):
-            return name, worked
-    return None, ()
+            return worked
+    return ()

@@ -111,57 +111,48 @@ def load(
     answer_column = find_answer_column(
         source.columns, first[1], where, need_answers and not referenced, () if referenced else further_answers
     )
+    answer_name = answer_column or REFERENCE
     beside = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
     lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
     every: list[ReadRow] = []
-    tags: dict[int, str] = {}
-    contexts: dict[int, str] = {}
     unused = dict.fromkeys(beside, 0)
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
-        if source.columns.tag is not None:
-            tags[number] = _tag(row, source.columns.tag, place)
-        if source.columns.context is not None and (context := context_of(row, source.columns.context, place)):
-            contexts[number] = context
+        tag = "" if source.columns.tag is None else _tag(row, source.columns.tag, place)
+        context = "" if source.columns.context is None else context_of(row, source.columns.context, place)
         conversation = _conversation(row, problem_column, place)
         answer = conversation.reference if answer_column is None else answer_at(row, answer_column)
         choices = choices_of(row) if lists_choices else None
         if choices is None:
-            answer = _answer(answer, answer_column or REFERENCE, place, gold)
-        every.append(ReadRow(number, conversation, answer, choices))
+            answer = _answer(answer, answer_name, place, gold)
+        every.append(ReadRow(number, conversation, answer, choices, tag, context))
         if beside:
             problem = "\n".join(content for _, content in conversation.turns)
             for name in beside:
                 unused[name] += name in row and lacks_column(problem, name, row[name])
     template = template_columns(problem_column) if is_template(problem_column, first[1]) else []
     every, hidden = with_choices(every, template, where)
-    golds = (
-        row.answer
+    every = [
+        row
         if row.choices is None
-        else _answer(row.answer, answer_column or REFERENCE, f"{where}, row {row.number}", gold)
+        else replace(row, answer=_answer(row.answer, answer_name, f"{where}, row {row.number}", gold))
         for row in every
-    )
-    read = _within([(row.number, row.conversation, answer) for row, answer in zip(every, golds, strict=True)], source)
+    ]
+    read = _within(every, source)
     if not read:
         raise UserError(
             f"{where}: hash_range {list(source.hash_range or ())} keeps none of its {len(every)} rows; widen it"
         )
     if need_answers:
-        without_answer = [number for number, _, answer in read if answer is None]
+        without_answer = [row.number for row in read if row.answer is None]
         if without_answer:
             among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
-            raise UserError(
-                f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
-            )
+            raise UserError(f"{where}, row {without_answer[0]}: the problem has no answer in {answer_name!r}{among}")
     is_text = bool(template) or messages_of(value_at(first[1], problem_column)) is None
     columns = [(name, f"{{{name}}}", rows) for name, rows in unused.items() if rows]
     columns += [(hidden[0].column, hidden[0].fields, len(hidden))] if hidden else []
-    merged = _merged(read, source.path, tags, grader)
-    by_id = {problem.id: contexts[problem.row] for problem in merged.problems if problem.row in contexts}
     return replace(
-        merged,
-        contexts=by_id,
-        answer_in_context=frozenset(name for name, text in by_id.items() if states_answer(text, merged.gold.get(name))),
+        _merged(read, source.path, grader),
         unused=tuple(
             UnusedColumn(name, problem_column, rows, len(every), fields if is_text else None)
             for name, fields, rows in columns
@@ -169,26 +160,17 @@ def load(
     )
 
 
-def without_leaks(
-    loaded: LoadedProblems, evals: Mapping[str, LoadedProblems]
-) -> tuple[LoadedProblems, dict[str, list[str]]]:
-    """Remove problems that an evaluation set contains too; also returns their ids by evaluation. `leaks` has the reasons.
-
-    See `contamination`: the same letters and digits, or mostly the same runs of words.
-
-    Example: `without_leaks(train, {"math500": test})[1]` is `{"math500": ["9f8b…"]}`.
-    """
-    matches = find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()})
-    leaks = {name: [leak.problem_id for leak in matches if leak.eval == name] for name in evals}
-    leaked = {leak.problem_id for leak in matches}
-    kept = replace(
+def without_leaks(loaded: LoadedProblems, evals: Mapping[str, LoadedProblems]) -> LoadedProblems:
+    """Remove problems that an evaluation set contains too (see `contamination`); `leaks` of the result says which and why."""
+    leaks = tuple(find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()}))
+    leaked = {leak.problem_id for leak in leaks}
+    return replace(
         loaded,
         problems=[problem for problem in loaded.problems if problem.id not in leaked],
         gold={name: answer for name, answer in loaded.gold.items() if name not in leaked},
         without_answer=tuple(name for name in loaded.without_answer if name not in leaked),
-        leaks=tuple(matches),
+        leaks=leaks,
     )
-    return kept, leaks
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------
@@ -242,13 +224,11 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
         raise UserError(f"{where}: {column!r} is nested too deeply") from None
 
 
-def _within(
-    rows: Sequence[tuple[int, Conversation, str | None]], source: Source
-) -> Sequence[tuple[int, Conversation, str | None]]:
+def _within(rows: Sequence[ReadRow], source: Source) -> Sequence[ReadRow]:
     """The rows that `hash_range` and then `limit` keep."""
     if source.hash_range is not None:
         low, high = source.hash_range
-        rows = [row for row in rows if low <= content_fraction(Problem.of_turns(row[1].turns, "").id) < high]
+        rows = [row for row in rows if low <= content_fraction(Problem.of_turns(row.conversation.turns, "").id) < high]
     return rows[: source.limit]
 
 
@@ -266,32 +246,33 @@ def _agree(first: str, second: str, grader: Verifier | None) -> bool:
     return written_alike or (grader is not None and grader.same_gold(first, second))
 
 
-def _merged(
-    rows: Sequence[tuple[int, Conversation, str | None]],
-    name: str,
-    tags: Mapping[int, str],
-    grader: Verifier | None = None,
-) -> LoadedProblems:
+def _merged(rows: Sequence[ReadRow], name: str, grader: Verifier | None = None) -> LoadedProblems:
     """One problem per id, with its first answer. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
-    gold: dict[str, str] = {}
-    contradictions: dict[str, None] = {}
-    for number, conversation, answer in rows:
-        problem = replace(Problem.of_turns(conversation.turns, name, tags.get(number, "")), row=number)
-        problem = problems.setdefault(problem.id, problem)
-        numbers.setdefault(problem.id, []).append(number)
-        if answer is not None:
-            first = gold.setdefault(problem.id, answer)
-            if not _agree(first, answer, grader):
-                contradictions[problem.id] = None
+    answers: dict[str, str] = {}
+    contradictions: set[str] = set()
+    for row in rows:
+        problem = replace(Problem.of_turns(row.conversation.turns, name, row.tag), row=row.number)
+        problems.setdefault(problem.id, problem)
+        numbers.setdefault(problem.id, []).append(row.number)
+        if row.answer is not None:
+            first = answers.setdefault(problem.id, row.answer)
+            if not _agree(first, row.answer, grader):
+                contradictions.add(problem.id)
+    kept = [problem for problem in problems.values() if problem.id not in contradictions]
+    gold = {id_: answer for id_, answer in answers.items() if id_ not in contradictions}
+    context_of_row = {row.number: row.context for row in rows if row.context}
+    contexts = {problem.id: context_of_row[problem.row] for problem in kept if problem.row in context_of_row}
     return LoadedProblems(
-        problems=[problem for problem in problems.values() if problem.id not in contradictions],
-        gold={name: answer for name, answer in gold.items() if name not in contradictions},
+        problems=kept,
+        gold=gold,
         duplicates=len(rows) - len(numbers),
-        contradictions=tuple(name for name in numbers if name in contradictions),
-        without_answer=tuple(name for name in numbers if name not in gold),
-        rows={name: tuple(row_numbers) for name, row_numbers in numbers.items()},
+        contradictions=tuple(id_ for id_ in numbers if id_ in contradictions),
+        without_answer=tuple(id_ for id_ in numbers if id_ not in answers),
+        rows={id_: tuple(row_numbers) for id_, row_numbers in numbers.items()},
+        contexts=contexts,
+        answer_in_context=frozenset(id_ for id_, text in contexts.items() if states_answer(text, gold.get(id_))),
     )
 
 
@@ -311,8 +292,11 @@ def _generated(source: Source, what: str) -> LoadedProblems:
         pairs = generator.make(settings.count, settings.pool, settings.seed, generator.dials(**settings.dials))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    rows = [(number, Conversation((("user", text),)), answer) for number, (text, answer) in enumerate(pairs, 1)]
-    return _merged(_within(rows, source), f"{name}:{settings.pool}", {number: name for number, *_ in rows})
+    rows = [
+        ReadRow(number, Conversation((("user", text),)), answer, tag=name)
+        for number, (text, answer) in enumerate(pairs, 1)
+    ]
+    return _merged(_within(rows, source), f"{name}:{settings.pool}")
 
 
 def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:

@@ -47,18 +47,13 @@ def written(tmp_path: Path, *rows: dict[str, Any]) -> Source:
 def test_worked_solutions_are_answers_of_many_words(tmp_path: Path) -> None:
     solution = "Natalia sold 24 clips in May and 72 altogether.\n#### 72"
     description = describe(written(tmp_path, {"question": "How many?", "answer": solution}), "--data")
-    assert (description.problem, description.answer) == ("question", "answer")
-    assert (description.solution_column, description.solutions) == ("answer", (solution,))
+    assert description.solutions == (solution,)
 
 
 def test_worked_solutions_are_found_beside_answers(tmp_path: Path) -> None:
     solution = "We add seven and five, which gives twelve in all."
     description = describe(written(tmp_path, {"problem": "7+5", "answer": "12", "solution": solution}), "--data")
-    assert (description.answer, description.solution_column, description.solutions) == (
-        "answer",
-        "solution",
-        (solution,),
-    )
+    assert (description.solutions, description.reason) == ((solution,), "1 of 1 answers hold a number or an expression")
 
 
 def test_rows_with_choices_are_graded_as_choices(tmp_path: Path) -> None:
@@ -74,7 +69,7 @@ def test_rows_with_choices_are_graded_as_choices(tmp_path: Path) -> None:
 
 def test_short_answers_are_no_worked_solutions(tmp_path: Path) -> None:
     description = describe(written(tmp_path, {"problem": "7+5", "answer": "12"}), "--data")
-    assert (description.solution_column, description.solutions, description.task) == (None, (), "maths")
+    assert (description.solutions, description.task) == ((), "maths")
 
 
 def test_empty_file_is_one_sentence(tmp_path: Path) -> None:
