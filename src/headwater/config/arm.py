@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,9 +52,16 @@ class Arm:
     source: str = ""
 
 
-def changed(stage: Stage, **fields: Any) -> Stage:
-    """A copy of the stage with these fields, validated."""
-    return Stage.model_validate({**stage.model_dump(), **fields})
+def changed(stage: Stage, dense: Mapping[str, Any] | None = None, **fields: Any) -> Stage:
+    """A copy of the stage with these fields, and these of its section `dense`, validated."""
+    values = {**stage.model_dump(), **fields}
+    return Stage.model_validate({**values, "dense": {**values["dense"], **(dense or {})}})
+
+
+def grouped(stage: Stage, group: int, **fields: Any) -> Stage:
+    """A copy of the stage with groups of this size, in batches of about its size, and with these fields."""
+    batch = max(group, stage.batch_size // group * group)
+    return changed(stage, group_size=group, batch_size=batch, prompts="pool", **fields)
 
 
 TEACHER_RL, WARMUP, OPD, SFT = Step("teacher_rl"), Step("warmup"), Step("opd"), Step("sft")

@@ -22,6 +22,7 @@ from headwater.config.arm import (
     Pool,
     Step,
     changed,
+    grouped,
 )
 from headwater.config.follow_up_arms import FOLLOW_UPS
 from headwater.config.objectives import default_objective
@@ -37,13 +38,13 @@ class StageConflictError(UserError):
 
 def constant(recipe: Recipe, stage: Stage) -> Stage:
     """Advantage −1 on every sampled token: no teacher, no labels (2608.31046)."""
-    dense = {**stage.dense.model_dump(), "token_weights": None, "gain_over": None}
-    return changed(stage, objective="constant", sparse_share=None, until=None, dense=dense)
+    unused = {"token_weights": None, "gain_over": None}
+    return changed(stage, dense=unused, objective="constant", sparse_share=None, until=None)
 
 
 def forward_kl(recipe: Recipe, stage: Stage) -> Stage:
     """Forward KL on the student's own samples: the divergence of the warm-up on the prefixes of OPD (2605.16826)."""
-    return changed(stage, dense={**stage.dense.model_dump(), "divergence": "forward", "gain_over": None})
+    return changed(stage, dense={"divergence": "forward", "gain_over": None})
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Stage:
@@ -52,8 +53,7 @@ def mixture(recipe: Recipe, stage: Stage) -> Stage:
         return stage
     rewarded = recipe.stages.student_rl or recipe.stages.teacher_rl
     group = max(2, stage.group_size) if rewarded is None else rewarded.group_size
-    batch = max(group, stage.batch_size // group * group)
-    return changed(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch, prompts="pool")
+    return grouped(stage, group, objective="mixed", sparse_share=0.5)
 
 
 BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before"}

@@ -26,9 +26,8 @@ SOLUTION_MARGIN = 2.0
 MOST_LABELS = 1024
 ROLLOUTS = 128
 GROUP, OPD_GROUP = 8, 4
-RL_STEPS, WARMUP_STEPS, OPD_STEPS = 200, 60, 100
-"""Steps that a stage should have, if its passes over the prompts allow."""
-RL_PASSES, WARMUP_PASSES, OPD_PASSES = 10, 3, 10
+LENGTHS = {"teacher_rl": (200, 10), "warmup": (60, 3), "opd": (100, 10), "student_rl": (200, 10)}
+"""(steps that a stage should have, the most passes over its prompts)."""
 STEP_SECONDS = 300.0
 """A device is slow for a pair where a GRPO step of ROLLOUTS takes longer."""
 SLOW_HOURS = 8.0
@@ -159,23 +158,14 @@ class Form:
 
 def forms(kind: Literal["cpu", "cuda"]) -> list[Form]:
     """Forms from the one that needs most memory to the one that needs least; the first that fits is taken."""
-    if kind == "cpu":
-        both: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
-        adapters = [Form("float32", ("teacher",), checkpointing=True), Form("float32", both, checkpointing=True)]
-        return [
-            Form("float32"),
-            Form("float32", checkpointing=True),
-            *adapters,
-            Form("bfloat16", both, checkpointing=True),
-        ]
-    half = Form("bfloat16")
+    dtype: Literal["float32", "bfloat16"] = "float32" if kind == "cpu" else "bfloat16"
     return [
-        half,
-        Form("bfloat16", checkpointing=True),
-        Form("bfloat16", ("teacher",), checkpointing=True),
-        Form("bfloat16", ("teacher", "student"), checkpointing=True),
-        Form("bfloat16", ("teacher", "student"), quantize=True, checkpointing=True),
-    ]  # fmt: skip
+        Form(dtype),
+        Form(dtype, checkpointing=True),
+        Form(dtype, ("teacher",), checkpointing=True),
+        Form(dtype, ("teacher", "student"), checkpointing=True),
+        Form("bfloat16", ("teacher", "student"), quantize=kind == "cuda", checkpointing=True),
+    ]
 
 
 def max_tokens(data: DataFacts, positions: int | None) -> Setting:

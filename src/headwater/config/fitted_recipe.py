@@ -10,17 +10,12 @@ from typing import Any
 from headwater.config.commented_yaml import Setting, commented_yaml
 from headwater.config.fitted import (
     GROUP,
+    LENGTHS,
     MOST_EVALUATED,
     MOST_LABELS,
     OPD_GROUP,
-    OPD_PASSES,
-    OPD_STEPS,
-    RL_PASSES,
-    RL_STEPS,
     SMALL_CACHE,
     TEMPLATES,
-    WARMUP_PASSES,
-    WARMUP_STEPS,
     duration,
     millions,
     passes,
@@ -230,18 +225,13 @@ class FittedRecipe(FittedSizes):
         return Setting({"lr": rate, "warmup": 0.05}, f"for {what}: {RATES[signal, adapters].source}{more}")
 
     def grpo(self, role: Trained, comment: str) -> Setting:
-        rollouts, first = self.rollouts, role == "teacher"
-        prompts, seconds = rollouts // GROUP, self.rl_seconds(role, rollouts)
-        steps = steps_for(RL_STEPS, math.ceil(self.budget / prompts), RL_PASSES, seconds, self.effort)
+        stage, rollouts, first = f"{role}_rl", self.rollouts, role == "teacher"
+        prompts, over = rollouts // GROUP, f"{self.budget} labels (the paper makes {LENGTHS[stage][1]})"
         kl = "no KL to the start, as DAPO and Dr. GRPO; the paper's 5e-4 needs another copy of the model"
         return Setting(
             {
                 "objective": "grpo",
-                "steps": Setting(
-                    steps,
-                    f"{passes(steps * prompts / self.budget)} over {self.budget} labels (the paper makes {RL_PASSES})"
-                    f"{self._time(f'{role}_rl')}",
-                ),
+                "steps": self.steps(stage, prompts, self.budget, self.rl_seconds(role, rollouts), over),
                 "batch_size": Setting(rollouts, f"rollouts a step: {prompts} problems × {GROUP}{self._few}"),
                 "group_size": Setting(
                     GROUP, "rollouts of one problem, whose rewards are compared; 8 as the paper's script"
@@ -258,17 +248,22 @@ class FittedRecipe(FittedSizes):
             comment,
         )
 
+    def steps(self, stage: str, in_step: int, in_pass: int, seconds: float, over: str) -> Setting:
+        """Length of a stage whose steps take `in_step` of the prompts or rollouts and `seconds` each, and whose passes take `in_pass`.
+
+        over  names what a pass is over, for the comment
+        """
+        wanted, most_passes = LENGTHS[stage]
+        steps = steps_for(wanted, math.ceil(in_pass / in_step), most_passes, seconds, self.effort)
+        time = f"; about {duration(self.times[stage])}" if stage in self.times else ""
+        return Setting(steps, f"{passes(steps * in_step / in_pass)} over {over}{time}")
+
     def warmup(self) -> Setting:
         batch, rollouts = self.transfer_rollouts, self.budget * GROUP
-        seconds = self.transfer_seconds(batch)
-        steps = steps_for(WARMUP_STEPS, math.ceil(rollouts / batch), WARMUP_PASSES, seconds, self.effort)
+        over = f"{rollouts:,} teacher rollouts (the paper makes 1)"
         fields: dict[str, Any] = {
             "objective": "forward_kl",
-            "steps": Setting(
-                steps,
-                f"{passes(steps * batch / rollouts)} over {rollouts:,} teacher rollouts (the paper makes 1)"
-                f"{self._time('warmup')}",
-            ),
+            "steps": self.steps("warmup", batch, rollouts, self.transfer_seconds(batch), over),
             "batch_size": Setting(batch, f"rollouts a step{self._few}"),
             "group_size": Setting(
                 GROUP, "teacher rollouts of a problem; fewer are sampled where the steps train on fewer"
@@ -289,15 +284,11 @@ class FittedRecipe(FittedSizes):
         return Setting(fields, "stage 2a: forward KL to the teacher, on the teacher's rollouts")
 
     def opd(self) -> Setting:
-        batch = self.transfer_rollouts
-        seconds, prompts = self.transfer_seconds(batch), batch // OPD_GROUP
-        steps = steps_for(OPD_STEPS, math.ceil(self.budget / prompts), OPD_PASSES, seconds, self.effort)
+        batch, prompts = self.transfer_rollouts, self.transfer_rollouts // OPD_GROUP
         return Setting(
             {
                 "objective": "opd",
-                "steps": Setting(
-                    steps, f"{passes(steps * prompts / self.budget)} over the problems{self._time('opd')}"
-                ),
+                "steps": self.steps("opd", prompts, self.budget, self.transfer_seconds(batch), "the problems"),
                 "batch_size": Setting(batch, f"rollouts a step: {prompts} problems × {OPD_GROUP}{self._few}"),
                 "group_size": Setting(OPD_GROUP, "student rollouts of one problem"),
                 "sampling": {"max_tokens": self.completion.value},
@@ -314,10 +305,6 @@ class FittedRecipe(FittedSizes):
     @property
     def _few(self) -> str:
         return "; few, because time is short" if self.tight else ""
-
-    def _time(self, stage: str) -> str:
-        """How long the stage takes, with its evaluation and measurements."""
-        return f"; about {duration(self.times[stage])}" if stage in self.times else ""
 
     def evaluation(self) -> tuple[int | None, Setting]:
         """(limit of the evaluation's problems, None for all of them; the block `evaluate`)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from headwater.config.arm import BRIDGE_1H, OPD, TEACHER_RL, TEACHER_RL_1H, WARMUP, Arm, Edit, Step, changed
+from headwater.config.arm import BRIDGE_1H, OPD, TEACHER_RL, TEACHER_RL_1H, WARMUP, Arm, Edit, Step, changed, grouped
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError
@@ -18,7 +18,7 @@ from headwater.errors import UserError
 def dense(**fields: Any) -> Edit:
     """Change fields of a stage's `dense`; what excludes them is reset."""
     reset = {"divergence": "reverse"} | dict.fromkeys(("gain_over", "teacher_weights", "token_weights", "start_update"))
-    return lambda recipe, stage: changed(stage, dense={**stage.dense.model_dump(), **reset, **fields})
+    return lambda recipe, stage: changed(stage, dense={**reset, **fields})
 
 
 def first_third(recipe: Recipe, stage: Stage) -> Stage:
@@ -28,10 +28,7 @@ def first_third(recipe: Recipe, stage: Stage) -> Stage:
 
 def pass_rate(recipe: Recipe, stage: Stage) -> Stage:
     """Prompts weigh p·(1−p), from groups of at least four rollouts (2603.11178)."""
-    group = max(4, stage.group_size)
-    batch = max(group, stage.batch_size // group * group)
-    grouped = changed(stage, group_size=group, batch_size=batch, prompts="pool")
-    return dense(token_weights={"prompts": "pass_rate"})(recipe, grouped)
+    return dense(token_weights={"prompts": "pass_rate"})(recipe, grouped(stage, max(4, stage.group_size)))
 
 
 def growing_length(recipe: Recipe, stage: Stage) -> Stage:
@@ -75,8 +72,7 @@ def scaled_length(stage: Stage, factor: float) -> dict[str, Any]:
 
 def rescue(recipe: Recipe, stage: Stage) -> Stage:
     """GRPO, and the divergence from the teacher on groups that are all wrong, at a tenth of the weight (2608.00782)."""
-    fields = {**stage.dense.model_dump(), "token_weights": {"prompts": "all_wrong"}}
-    return changed(stage, objective="mixed", sparse_share=0.9, dense=fields)
+    return changed(stage, dense={"token_weights": {"prompts": "all_wrong"}}, objective="mixed", sparse_share=0.9)
 
 
 def _bridge(description: str, question: str, source: str, edit: Edit) -> Arm:
