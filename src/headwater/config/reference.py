@@ -57,9 +57,9 @@ def _known_path(path: str) -> str:
         pattern = re.escape(name).replace(ANY_NAME, r"[^.]+")
         if re.fullmatch(pattern, path):
             return name
-    for name in FIELDS:  # an entry of a mapping, such as data.evals.test, is explained with the mapping
-        if f"{name}.{ANY_NAME}" == f"{path.rpartition('.')[0]}.{ANY_NAME}" and f"{name}.{ANY_NAME}" in PARENTS:
-            return name
+    mapping = path.rpartition(".")[0]
+    if any(name.startswith(f"{mapping}.{ANY_NAME}.") for name in FIELDS):
+        return mapping  # an entry of a mapping, such as data.evals.test, is explained with the mapping
     suggestion = intended_field(tuple(path.split(".")), Recipe) or did_you_mean(path, FIELDS)
     sections = ", ".join(name for name in FIELDS if "." not in name)
     raise UserError(
@@ -86,14 +86,12 @@ def default_text(field: SchemaField) -> str:
 
 def value_text(value: Any) -> str:
     """A default as it is written in YAML. Example: `value_text(("teacher", "student"))` is `[teacher, student]`."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, float):
         return f"{value:g}"
-    text = str(value)
-    return text if re.fullmatch(r"[\w.:/+-]+", text) else json.dumps(text, ensure_ascii=False)
+    plain = isinstance(value, str) and re.fullmatch(r"[\w.:/+-]+", value)
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _section_text(prefix: str, fields: list[SchemaField], width: int) -> str:
@@ -131,4 +129,3 @@ def json_schema() -> dict[str, Any]:
 
 FIELDS = {field.path: field for field in walk(Recipe)}
 """Every field of the recipe by its path, in the order of the schema."""
-PARENTS = {path.rpartition(".")[0] for path in FIELDS}

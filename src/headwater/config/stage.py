@@ -214,26 +214,7 @@ class Stage(Strict):
             )
         if self.sampling.temperature == 0.0:
             raise ValueError("sampling.temperature must be above 0: a stage trains on samples, not on greedy decoding")
-        if self.dense.gain_over is not None and (self.dense.divergence, self.dense.teacher_weights) != (
-            "reverse",
-            None,
-        ):
-            raise ValueError("dense.gain_over: needs divergence reverse and no teacher_weights")
-        several = "gain_over" if self.dense.gain_over is not None else "teacher_weights"
-        if getattr(self.dense, several) is not None and not self.on_policy:
-            raise ValueError(
-                f"dense.{several}: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
-            )
-        if self.dense.candidates != "teacher" and not (self.on_policy and "teacher" in self.signals):
-            raise ValueError(
-                f"dense.candidates: objective {self.objective} does not compare the policy's own rollouts with a teacher"
-            )
-        if self.dense.normalize == "tags" and not self.needs_teacher:
-            raise ValueError(f"dense.normalize: objective {self.objective} does not compare with a teacher")
-        if self.dense.token_weights is not None and not (self.on_policy and "teacher" in self.signals):
-            raise ValueError(
-                f"dense.token_weights: objective {self.objective} does not compare the policy's own rollouts with a teacher"
-            )
+        self._check_dense()
         if self.length_schedule is not None:
             self._check_length_schedule(self.length_schedule)
         if self.prompts == "every" and self.needs_labels:
@@ -249,6 +230,24 @@ class Stage(Strict):
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
         return self
+
+    def _check_dense(self) -> None:
+        """Refuse fields of `dense` that the objective cannot follow."""
+        dense = self.dense
+        if dense.gain_over is not None and (dense.divergence != "reverse" or dense.teacher_weights is not None):
+            raise ValueError("dense.gain_over: needs divergence reverse and no teacher_weights")
+        cached = "reads cached rollouts, which hold one teacher's distributions"
+        compares_own = self.on_policy and "teacher" in self.signals
+        own_rollouts = "does not compare the policy's own rollouts with a teacher"
+        for name, given, accepted, reason in (
+            ("gain_over", dense.gain_over is not None, self.on_policy, cached),
+            ("teacher_weights", dense.teacher_weights is not None, self.on_policy, cached),
+            ("candidates", dense.candidates != "teacher", compares_own, own_rollouts),
+            ("normalize", dense.normalize == "tags", self.needs_teacher, "does not compare with a teacher"),
+            ("token_weights", dense.token_weights is not None, compares_own, own_rollouts),
+        ):
+            if given and not accepted:
+                raise ValueError(f"dense.{name}: objective {self.objective} {reason}")
 
     def _check_length_schedule(self, schedule: LengthSchedule) -> None:
         if not self.on_policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import takewhile
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -97,15 +98,13 @@ def intended_field(keys: Keys, model: type[BaseModel]) -> str:
         elsewhere = [path for path in paths if path[-1] in close_names]
     if not elsewhere:
         return ""
-    return f"; did you mean {'.'.join(max(elsewhere, key=lambda path: _shared(tuple(path), keys)))}?"
+    return f"; did you mean {'.'.join(max(elsewhere, key=lambda path: _shared(path, keys)))}?"
 
 
 def _shared(path: Keys, keys: Keys) -> tuple[int, int]:
     """Length of the common beginning; of equal ones the shorter path counts more."""
-    same = next(
-        (place for place, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys))
-    )
-    return same, -len(path)
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(path, keys, strict=False))
+    return len(list(common)), -len(path)
 
 
 def _matches(path: str, keys: Keys) -> bool:

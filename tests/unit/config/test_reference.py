@@ -60,6 +60,7 @@ def test_explain_gives_type_default_unit_and_shipped_values() -> None:
         "  default  512",
         "  unit     tokens",
     ]
+    assert "  default  {}" in explain("data.labeled.generate.dials").splitlines()
     shipped = yaml.safe_load(builtin_text("gsm8k"))["stages"]["opd"]["sampling"]["max_tokens"]
     assert f"in gsm8k to {shipped}" in text
     assert all(len(line) <= 80 for line in explain("stages.opd").splitlines())
