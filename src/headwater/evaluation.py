@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from headwater.models.prompts import Prompter, spelt_template
 from headwater.runs.display import ProgressDisplay
 from headwater.sampling.base import Sampler
 from headwater.sampling.build import sampler_factory
-from headwater.storage.run_dir import write_atomic
+from headwater.storage.files import write_rows
 from headwater.tasks.answer_forms import FORMS, form_asked_for
 from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
@@ -104,13 +103,10 @@ class Evaluation:
     @property
     def by_problem(self) -> dict[str, dict[str, float]]:
         """Share of each problem's completions that are correct, and correct in strict reading."""
-        rows_of: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in self.rows:
-            rows_of[row["problem_id"]].append(row)
         names = ("correct", "strict") if self.form else ("correct",)
         return {
             problem: {name: sum(row[name] for row in rows) / len(rows) for name in names}
-            for problem, rows in rows_of.items()
+            for problem, rows in _by_problem(self.rows).items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -121,7 +117,7 @@ class Evaluation:
             "form": self.form,
             "problems": self.problems,
             "samples": self.samples,
-            "measures": {name: {"mean": i.mean, "low": i.low, "high": i.high} for name, i in self.measures.items()},
+            "measures": {name: asdict(interval) for name, interval in self.measures.items()},
             "reasons": dict(self.reasons),
             "truncated": self.truncated,
             "tokens": self.tokens,
@@ -184,12 +180,12 @@ def evaluate_models(
             del sampler, prompter
     if settings.out is not None:
         several = len(evaluations) > 1
-        rows = [
+        rows = (
             {"model": evaluation.model, "data": evaluation.data, **row} if several else row
             for evaluation in evaluations
             for row in evaluation.rows
-        ]
-        write_atomic(settings.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        )
+        write_rows(settings.out, rows)
     return evaluations
 
 
@@ -269,10 +265,7 @@ def summarize(rows: list[dict[str, Any]], votes: bool, one_answer: bool = True) 
     votes       whether answers can be extracted for maj@k
     one_answer  whether correct answers to one problem are the same answer (`Task.one_answer`)
     """
-    by_problem: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_problem[row["problem_id"]].append(row)
-    groups = list(by_problem.values())
+    groups = list(_by_problem(rows).values())
     correct_P = np.array([sum(row["correct"] for row in group) for group in groups])
     samples_P = np.array([len(group) for group in groups])
     samples = int(samples_P.min())
@@ -294,3 +287,10 @@ def summarize(rows: list[dict[str, Any]], votes: bool, one_answer: bool = True) 
         truncated=sum(row["finish"] == "length" for row in rows) / len(rows),
         rows=rows,
     )
+
+
+def _by_problem(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["problem_id"]].append(row)
+    return groups
