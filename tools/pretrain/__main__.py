@@ -34,7 +34,7 @@ def pocket(out: Out = Path("pocket"), models: Models = None) -> None:
     for number, name in enumerate(names, 1):
         with display.node(name, number, len(names)) as progress:
             progress.start(0, specs[name].steps, "steps")
-            stats = pretrain_pocket(out, [name], progress=report_to(progress))[name]
+            stats = pretrain_pocket(name, out, progress=report_to(progress))
         print(f"{out / name}: pass rate {stats.pass_rate:.1%}, {stats.worked_share:.0%} of samples show their work")
 
 

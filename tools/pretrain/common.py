@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,12 @@ class SampleStats:
     worked_accuracy: float | None
     short_accuracy: float | None
     eos_share: float
+
+    @property
+    def cells(self) -> list[str]:
+        """The fractions in percent, for the table of a model card."""
+        fractions = [value for name, value in asdict(self).items() if name != "problems"]
+        return ["none" if value is None else f"{value:.1%}" for value in fractions]
 
 
 def sample_stats(samples: Sequence[tuple[bool, bool, bool]]) -> SampleStats:
@@ -129,6 +135,15 @@ def make_optimizers(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Opti
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
     )
+
+
+def take_step(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+    """Step every optimizer at this learning rate and clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:

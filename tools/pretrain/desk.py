@@ -45,6 +45,7 @@ from tools.pretrain.common import (
     make_optimizers,
     sample_stats,
     save,
+    take_step,
 )
 from tools.pretrain.desk_models import DeskSpec, model_config, shipped_tokenizer
 from tools.pretrain.solutions import words_is_worked, words_short, words_solutions, words_worked
@@ -175,11 +176,7 @@ def train(
         losses.append(total.item())
         if not math.isfinite(losses[-1]):
             raise TrainingStoppedError(f"{node.name}: the loss of step {step + 1} is {losses[-1]}; try a lower rate")
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, spec.steps, spec.lr)
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(optimizers, learning_rate(step, spec.steps, spec.lr))
         if progress is not None:
             progress(step + 1, spec.steps, losses[-1])
         if (step + 1) % checkpoint_every == 0 and step + 1 < spec.steps:
@@ -245,10 +242,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
 def model_card(name: str, parameters: int, spec: DeskSpec, measured: dict[str, SampleStats], seed: int) -> str:
     """The model card of a desk model, as markdown."""
     example = next(problems("eval", 0, spec.dials))
-    rows = []
-    for where, stats in measured.items():
-        shares = [value for field, value in asdict(stats).items() if field != "problems"]
-        rows.append(" | ".join([where, *("none" if value is None else f"{value:.1%}" for value in shares)]))
+    rows = [f"| {' | '.join([where, *stats.cells])} |" for where, stats in measured.items()]
     count = next(iter(measured.values())).problems
     return f"""---
 license: apache-2.0
@@ -270,12 +264,12 @@ once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps 
 short; learning rate {spec.lr:g}, Muon and AdamW, bfloat16 passes on float32 weights. The problems come from the pool
 `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
 
-## SampleStats
+## Measured
 {count} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p:
 
 | problems | pass rate | worked completions | right if worked | right if short | ended by EOS |
 |---|---|---|---|---|---|
-{chr(10).join(f"| {row} |" for row in rows)}
+{chr(10).join(rows)}
 
 ## Limits
 For experiments. It was trained on correct solutions only and for a set number of steps, not to the end, so that

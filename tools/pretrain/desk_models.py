@@ -72,7 +72,7 @@ DESK: dict[str, DeskSpec] = {
 def with_steps(spec: DeskSpec, steps: int) -> DeskSpec:
     """The same spec with so many steps, worked and mixed in the same proportion.
 
-    Example: `shortened(DESK["student"], 12)` has 10 worked steps and 2 mixed ones.
+    Example: `with_steps(DESK["student"], 12)` has 10 worked steps and 2 mixed ones.
     """
     worked = round(steps * spec.worked_steps / spec.steps)
     return replace(spec, worked_steps=worked, mixture_steps=steps - worked)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from tools.pretrain.common import (  # fmt: skip
     model_config,
     sample_stats,
     save,
+    take_step,
     wrap_tokenizer,
 )
 from tools.pretrain.solutions import CORPORA
@@ -263,11 +264,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, spec.steps, spec.lr)
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(optimizers, learning_rate(step, spec.steps, spec.lr))
         losses.append(loss.item())
         if progress is not None:
             progress(step + 1, spec.steps, losses[-1])
@@ -306,24 +303,12 @@ def measure(
     return sample_stats([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
 
 
-def pretrain_pocket(
-    out_dir: Path, names: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
-) -> dict[str, SampleStats]:
-    """Train the named pocket models (all by default) into out_dir/NAME; measure each and write its model card.
-
-    Raises ValueError for a name that is not in POCKET, before any training.
-    """
-    names = list(POCKET) if names is None else list(names)
-    specs = POCKET | OTHER_TOKENIZERS
-    unknown = [name for name in names if name not in specs]
-    if unknown:
-        raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(specs)}")
-    measured: dict[str, SampleStats] = {}
-    for name in names:
-        folder = Path(out_dir) / name
-        pretrain(specs[name], folder, seed, progress)
-        measured[name] = measure(folder, specs[name].dials, task=specs[name].task)
-        (folder / "README.md").write_text(model_card(name, folder, specs[name], measured[name], seed))
+def pretrain_pocket(name: str, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> SampleStats:
+    """Train the pocket model of that name into out_dir/NAME, measure it and write its model card."""
+    spec, folder = (POCKET | OTHER_TOKENIZERS)[name], out_dir / name
+    pretrain(spec, folder, seed, progress)
+    measured = measure(folder, spec.dials, task=spec.task)
+    (folder / "README.md").write_text(model_card(name, folder, spec, measured, seed))
     return measured
 
 
@@ -334,9 +319,6 @@ def model_card(name: str, folder: Path, spec: PretrainSpec, measured: SampleStat
     tokens = sum(len(problem) + len(completion) + 3 for batch in batches(spec, seed) for problem, completion in batch)
     corpus, dials = CORPORA[spec.task], spec.dials
     example = corpus.generate(1, "eval", 0, dials)[0][0]
-    shares = (
-        "none" if value is None else f"{value:.1%}" for field, value in asdict(measured).items() if field != "problems"
-    )
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -356,12 +338,12 @@ every problem once: {spec.worked_steps} steps of worked ones, then {spec.mixture
 {spec.p_cot:.0%} worked and the rest short. That is {tokens:,} tokens; learning rate {spec.lr:g}, Muon and AdamW.
 The problems come from the pool `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
 
-## SampleStats
+## Measured
 {measured.problems} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p, float32:
 
 | pass rate | worked completions | right if worked | right if short | ended by EOS |
 |---|---|---|---|---|
-| {" | ".join(shares)} |
+| {" | ".join(measured.cells)} |
 
 With 500 samples a rate over all is known to about four points, and one over the worked ones to about nine.
 

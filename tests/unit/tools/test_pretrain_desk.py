@@ -227,7 +227,10 @@ def test_existing_model_is_kept_and_changed_spec_rebuilds_it(tmp_path: Path, mon
     [
         (("house",), "No such command 'house'"),
         (("desk", "--models", "giant"), "--models giant: no such desk model; there are student,"),
-        (("pocket", "--models", "qwen9"), "--models qwen9: no such pocket model; there are qwen3-student,"),
+        (
+            ("pocket", "--models", "qwen3-student,qwen9"),
+            "--models qwen9: no such pocket model; there are qwen3-student,",
+        ),
         (("pocket", "--steps", "9"), "No such option: --steps"),
     ],
 )
