@@ -1,8 +1,9 @@
-"""Model folders and prompts of the workloads: shipped pocket models, and random models with the shapes of Qwen3 and Qwen2.5."""
+"""Model folders, prompts and rewards of the workloads: shipped pocket models, and random models shaped as Qwen3 and Qwen2.5."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _without_end(shipped: Path, folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
         config = json.loads((folder / name).read_text(encoding="utf-8"))
-        assert tokenizer.eos_token_id >= json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+        assert tokenizer.eos_token_id >= config.get("vocab_size", 0)
         (folder / name).write_text(json.dumps(config | {"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
     (folder / "ready").touch()
     return folder
@@ -127,3 +128,11 @@ def completions_of(case: Case, steps: int) -> list[list[list[int]]]:
     vocabulary = int(case.student.split(":")[2])
     draws = np.random.default_rng(1).integers(2, vocabulary, (steps, case.batch, case.new_tokens))
     return [[[int(token) for token in row] for row in step] for step in draws]
+
+
+def parity(completion: str) -> bool:
+    """Reward without a real task: whether the number of the last token is even, as of about half of all completions.
+
+    Example: `parity("t7 t12")` is True.
+    """
+    return int((re.findall(r"\d+", completion) or ["0"])[-1]) % 2 == 0

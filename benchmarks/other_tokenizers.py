@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.results import table
 from benchmarks.ten_settings import headwater
 from headwater import stats
 from headwater.report.contrasts import accuracy, seed_matrix
@@ -51,14 +52,9 @@ class Trained:
     flops: float
 
 
-def changes(form: str, out: Path) -> tuple[str, ...]:
-    return (f"models.teacher={out / TEACHER}", "conditions.problems=0", *FORMS[form])
-
-
 def run(form: str, out: Path, seeds: str, reuse: list[Path]) -> None:
-    options = [word for change in changes(form, out) for word in ("--set", change)]
-    options += [word for folder in reuse for word in ("--reuse", str(folder))]
-    headwater("study", RECIPE, "--arms", "bridge", "--seeds", seeds, "--out", str(out / form), "--json", *options)
+    changes = (f"models.teacher={out / TEACHER}", "conditions.problems=0", *FORMS[form])
+    headwater("study", RECIPE, "--arms", "bridge", "--seeds", seeds, out=out / form, changes=changes, reuse=reuse)
 
 
 def trained(folder: Path, seeds: Sequence[int]) -> Trained | None:
@@ -118,26 +114,29 @@ def _root(falling: Callable[[float], float], low: float) -> float:
 
 def markdown(results: Mapping[str, Trained]) -> str:
     """The table of docs/results.md."""
-    same = results["same"]
-    lines = [
-        "| form | teacher after RL, % | student, % [95 %] | each seed | − same, points [95 %] | gain recovered, % [95 %] | FLOPs |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    same, rows = results["same"], []
     for form, result in results.items():
-        score = stats.accuracy_interval(result.after_SP)
-        cells = [f"`{form}`", percent(float(result.teacher_SP.mean()))]
-        cells += [f"**{percent(score.mean)}** [{percent(score.low)}, {percent(score.high)}]"]
-        cells += [", ".join(percent(float(row.mean())) for row in result.after_SP)]
-        if form == "same":
-            cells += ["–", "–"]
-        else:
-            gap, share = stats.contrast(result.after_SP, same.after_SP), recovered(result, same)
-            cells += [f"{points(gap.difference)} [{points(gap.low)}, {points(gap.high)}]"]
-            cells += [f"{percent(share.mean)} [{percent(share.low)}, {percent(share.high)}]"]
-        lines.append(f"| {' | '.join([*cells, units(result.flops, 'FLOPs')])} |")
-    start = percent(float(same.before_SP.mean()))
+        score, gap, gain = stats.accuracy_interval(result.after_SP), "–", "–"
+        if form != "same":
+            difference, share = stats.contrast(result.after_SP, same.after_SP), recovered(result, same)
+            gap = f"{points(difference.difference)} [{points(difference.low)}, {points(difference.high)}]"
+            gain = f"{percent(share.mean)} [{percent(share.low)}, {percent(share.high)}]"
+        rows.append(
+            [
+                f"`{form}`",
+                percent(float(result.teacher_SP.mean())),
+                f"**{percent(score.mean)}** [{percent(score.low)}, {percent(score.high)}]",
+                ", ".join(percent(float(row.mean())) for row in result.after_SP),
+                gap,
+                gain,
+                units(result.flops, "FLOPs"),
+            ]
+        )
+    head = ["form", "teacher after RL, %", "student, % [95 %]", "each seed", "− same, points [95 %]"]
+    lines = table([*head, "gain recovered, % [95 %]", "FLOPs"], rows)
     seeds, problems = same.after_SP.shape
-    return "\n".join([*lines, "", f"The student before: {start} %. {seeds} seeds, {problems} problems.", ""])
+    start = percent(float(same.before_SP.mean()))
+    return f"{lines}\n\nThe student before: {start} %. {seeds} seeds, {problems} problems.\n"
 
 
 def main() -> None:

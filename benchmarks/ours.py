@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CannotRunError, Case
-from benchmarks.models import completions_of, folder_of, prompts_of
-from benchmarks.rewards import parity
+from benchmarks.models import completions_of, folder_of, parity, prompts_of
 from headwater.config import recipe as config
 from headwater.config.stage import Optim, Sampling, Stage
 from headwater.data.labels import Labels

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,22 +105,23 @@ def make(name: str, folder: Path) -> None:
     write_json(card, {"spec": asdict(spec), "seed": seed, "measured": asdict(measure(folder / name))})
 
 
-def sets(setting: Setting, models: Path, more: tuple[str, ...]) -> list[str]:
-    """The `--set` options of a setting. A teacher that never learns is a result here, not a reason to stop."""
-    changes = (
+def changes_of(setting: Setting, models: Path, more: tuple[str, ...]) -> tuple[str, ...]:
+    """The setting's changes of the recipe. A teacher that never learns is a result here, not a reason to stop."""
+    return (
         f"models.student={model_of(setting.student, models)}",
         f"models.teacher={model_of(setting.teacher, models)}",
         f"labels.budget={setting.labels}",
         "guards.no_signal=continue",
         *more,
     )
-    return [word for change in changes for word in ("--set", change)]
 
 
-def headwater(*words: str) -> str:
-    """Run the program and return its stdout. Raises CalledProcessError; the reason is on stderr."""
+def headwater(*words: str, out: Path, changes: Iterable[str], reuse: Iterable[Path] = ()) -> str:
+    """Run a command with `--json` on a changed recipe and return its stdout. Raises CalledProcessError; the reason is on stderr."""
+    options = [word for change in changes for word in ("--set", change)]
+    options += [word for folder in reuse for word in ("--reuse", str(folder))]
     process = subprocess.run(
-        [sys.executable, "-m", "headwater", *words],
+        [sys.executable, "-m", "headwater", *words, "--out", str(out), "--json", *options],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -154,13 +156,13 @@ def measured(setting: Setting, out: Path, seeds: str, more: tuple[str, ...]) -> 
     models = out / "models"
     for name in (setting.student, setting.teacher):
         make(name, models)
-    options, folder = sets(setting, models, more), RunDir(out / setting.name)
+    changes, folder = changes_of(setting, models, more), RunDir(out / setting.name)
     # Before the study: the prediction is on disk before the outcome exists.
     if not folder.probe.exists():
-        headwater("probe", "pocket", "--seed", seeds.split(",")[0], "--out", str(folder.path), "--json", *options)
+        headwater("probe", "pocket", "--seed", seeds.split(",")[0], out=folder.path, changes=changes)
     answer = read_json(folder.probe)
     arms = ("--arms", "direct_grpo,bridge", "--seeds", seeds)
-    result = outcome(json.loads(headwater("study", "pocket", *arms, "--out", str(folder.path), "--json", *options)))
+    result = outcome(json.loads(headwater("study", "pocket", *arms, out=folder.path, changes=changes)))
     advised = answer["advice"]["labels"]["arm"] or "neither"
     return {
         **asdict(setting),

@@ -68,12 +68,9 @@ CELLS = [
 
 def run(cell: Cell, out: Path, seeds: str) -> None:
     plain = out / Cell(cell.skills, cell.labels).folder
-    reuse = ["--reuse", str(plain)] if cell.setting != "plain" and RunDir(plain).plan.exists() else []
-    options = [word for change in cell.changes for word in ("--set", change)]
-    headwater(
-        "study", "pocket-skills", "--arms", "bridge_1h,bridge_rl,replay", "--seeds", seeds,
-        "--out", str(out / cell.folder), "--json", *options, *reuse,
-    )  # fmt: skip
+    reuse = [plain] if cell.setting != "plain" and RunDir(plain).plan.exists() else []
+    words = ("study", "pocket-skills", "--arms", "bridge_1h,bridge_rl,replay", "--seeds", seeds)
+    headwater(*words, out=out / cell.folder, changes=cell.changes, reuse=reuse)
 
 
 def compared(report: dict[str, Any]) -> list[dict[str, Any]]:

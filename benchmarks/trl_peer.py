@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from benchmarks.cases import Case
-from benchmarks.models import completions_of, folder_of, prompts_of
-from benchmarks.rewards import parity
+from benchmarks.models import completions_of, folder_of, parity, prompts_of
 from headwater.tasks.registry import find_task
 
 Row = dict[str, float]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import __main__ as program
 from benchmarks import child, limits, loss, other_tokenizers, real_pair, runner, sandbox, summary, third_claim
 from benchmarks.cases import QWEN25, CannotRunError, Case, all_cases, select_cases
+from benchmarks.models import parity
 from benchmarks.results import fill
-from benchmarks.rewards import parity
 from benchmarks.table import cells
 from headwater import stats
 from headwater.models.shape import Shape
