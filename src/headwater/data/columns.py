@@ -147,7 +147,7 @@ def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> s
 
 
 def find_answer_column(
-    given: Columns, row: Mapping[str, Any], where: str, needed: bool, further: Sequence[str] = ()
+    given: Columns, row: Mapping[str, Any], where: str, needed: bool, further: Sequence[str]
 ) -> str | None:
     """The column with the answers; None for a file without answers that needs none.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from headwater.config.recipe import Source
 from headwater.data.cells import plain_value
 from headwater.data.choices import choices_of
-from headwater.data.columns import answer_at, find_answer_column
+from headwater.data.columns import answer_at
 from headwater.data.rows import read_rows
+from headwater.data.sources import find_columns
 from headwater.errors import UserError
 from headwater.tasks.choice import letters_of
 from headwater.tasks.golds import gold_answer
@@ -45,11 +47,12 @@ class FileDescription:
 
 def describe(source: Source, where: str) -> FileDescription:
     """Read the first rows of a file. Raises UserError, which begins with `where`, for a file that cannot be read or is empty."""
-    rows = [row for _, (_, row) in zip(range(MOST_ROWS), read_rows(source, where), strict=False)]
-    if not rows:
+    numbered = list(islice(read_rows(source, where), MOST_ROWS))
+    if not numbered:
         raise UserError(f"{where} is empty")
-    answer = find_answer_column(source.columns, rows[0], where, needed=False)
-    cells = [] if answer is None else [plain_value(answer_at(row, answer)) for row in rows]
+    _, answer = find_columns(source, numbered[0], where, need_answers=False)
+    rows = [row for _, row in numbered]
+    cells = [] if answer is None else [_cell(row, answer) for row in rows]
     listed = sum(choices_of(row) is not None for row in rows)
     choice = "choice", f"{listed} of {len(rows)} rows list choices, which are written into the problem with letters"
     task, reason = choice if listed >= NEARLY_ALL * len(rows) else task_of(cells)
@@ -84,6 +87,14 @@ def task_of(cells: Sequence[Any]) -> tuple[str, str]:
     if mathematical >= MOST * count:
         return "maths", f"{mathematical} of {count} answers hold a number or an expression"
     return "exact", f"{count - mathematical} of {count} answers are texts without a number or an expression"
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    """The cell as a plain value; None for one that has none, which `load` refuses with its row."""
+    try:
+        return plain_value(answer_at(row, column))
+    except ValueError:
+        return None
 
 
 def _maths_gold(cell: Any) -> str | None:

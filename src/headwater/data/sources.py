@@ -40,7 +40,7 @@ from headwater.data.conversations import (
     spells_messages,
     with_columns,
 )
-from headwater.data.rows import read_rows
+from headwater.data.rows import Row, read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
 from headwater.tasks.golds import gold_answer
@@ -106,11 +106,7 @@ def load(
     first = next(rows, None)
     if first is None:
         raise UserError(f"{where} is empty")
-    problem_column = find_problem_column(source.columns, first[1], where)
-    referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
-    answer_column = find_answer_column(
-        source.columns, first[1], where, need_answers and not referenced, () if referenced else further_answers
-    )
+    problem_column, answer_column = find_columns(source, first, where, need_answers, further_answers)
     answer_name = answer_column or REFERENCE
     beside = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
     lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
@@ -158,6 +154,20 @@ def load(
             for name, fields, rows in columns
         ),
     )
+
+
+def find_columns(
+    source: Source, first: Row, where: str, need_answers: bool, further_answers: Sequence[str] = FURTHER_ANSWER_COLUMNS
+) -> tuple[str, str | None]:
+    """(problem column, answer column) by a file's first row; no answer column where a conversation's last turn is the answer.
+
+    Raises UserError as `load` does.
+    """
+    number, row = first
+    problem_column = find_problem_column(source.columns, row, where)
+    referenced = _conversation(row, problem_column, f"{where}, row {number}").reference is not None
+    further = () if referenced else further_answers
+    return problem_column, find_answer_column(source.columns, row, where, need_answers and not referenced, further)
 
 
 def without_leaks(loaded: LoadedProblems, evals: Mapping[str, LoadedProblems]) -> LoadedProblems:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from headwater.config.recipe import Source
@@ -70,6 +71,26 @@ def test_rows_with_choices_are_graded_as_choices(tmp_path: Path) -> None:
 def test_short_answers_are_no_worked_solutions(tmp_path: Path) -> None:
     description = describe(written(tmp_path, {"problem": "7+5", "answer": "12"}), "--data")
     assert (description.solutions, description.task) == ((), "maths")
+
+
+def test_describe_reads_same_answer_columns_as_load(tmp_path: Path) -> None:
+    """`label` is read where no usual column is there; beside a conversation with its answer it is a judgement of it."""
+    letters = [{"question": f"Which is right in {number}?", "label": "ABCD"[number % 4]} for number in range(8)]
+    assert describe(written(tmp_path, *letters), "--data").task == "choice"
+    talk = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    assert (
+        describe(written(tmp_path, {"messages": talk, "label": "A"}), "--data").reason
+        == "no answers were found to choose by"
+    )
+
+
+def test_answer_without_plain_value_is_left_to_loading(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1+1", "1+2"], "answer": [b"\xff\xfe", b"3"]}), path)
+    source = Source(path=str(path))
+    assert describe(source, "--data").task == "maths"
+    with pytest.raises(UserError, match="row 1: 'answer' holds bytes that are not UTF-8 text"):
+        load(source, "--data", True)
 
 
 def test_empty_file_is_one_sentence(tmp_path: Path) -> None:
