@@ -5,7 +5,7 @@ Only this file of the benchmarks depends on Headwater's signatures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.tasks.verifier import Verifier
 from headwater.teachers.scoring import distributions_of
+from headwater.teachers.translated import Supervisor
 from headwater.training.rollouts import PolicyRollouts
 from headwater.training.update import make_optimizer, update
 from headwater.types import Problem, Rollout, Verdict
@@ -49,8 +50,12 @@ def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
     device = torch.device(case.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CannotRunError("no GPU on this machine")
+    return policy_of(str(folder_of(spec, case.endless, root)), device, frozen)
+
+
+def policy_of(folder: str, device: torch.device, frozen: bool) -> Policy:
+    """A model folder on a device: float32 on the CPU, else bfloat16."""
     set_up(COMPUTE)
-    folder = str(folder_of(spec, case.endless, root))
     models = config.Models(student=folder, teacher=folder, dtype="float32" if device.type == "cpu" else "bfloat16")
     return load_policy(ModelFolder.open(folder, "benchmark"), LoadOptions(models, device, frozen))
 
@@ -78,27 +83,37 @@ def labels_of(problems: Sequence[Problem], gold: dict[str, str]) -> Labels:
 
 
 def step_of(case: Case, root: Path) -> Step:
-    """A whole training step: sample, score, update."""
+    """A whole training step of a case with one tokenizer."""
     policy = loaded(case.student, case, root, frozen=False)
     teacher = None if case.teacher is None else loaded(case.teacher, case, root, frozen=True)
     problems, gold = prompts_of(case, folder_of(case.student, case.endless, root), case.repetitions)
-    stage, objective = stage_of(case), objective_of(stage_of(case))
-    labels = labels_of(problems, gold) if "reward" in objective.signals else None
-    prompter = Prompter(policy.tokenizer, config.Prompt())
+    stage, prompts = stage_of(case), {problem.id: ids_of(policy, problem) for problem in problems}
+    labels = labels_of(problems, gold) if stage.needs_labels else None
+    return training_step(policy, stage, prompts, labels, teacher)
+
+
+def training_step(
+    policy: Policy,
+    stage: Stage,
+    prompts: Mapping[str, tuple[int, ...]],
+    labels: Labels | None,
+    teacher: Supervisor | None,
+) -> Step:
+    """A whole training step: sample, score, update."""
+    objective, optimizer = objective_of(stage), make_optimizer(policy, stage.optim)
     source = PolicyRollouts(
         policy=policy,
         stage=stage,
         draw=("benchmark", 0),
         objective=objective,
-        prompts={problem.id: ids_of(policy, problem) for problem in problems},
+        prompts=prompts,
         sampler=TorchSampler(policy, COMPUTE.sample_batch),
-        prompter=prompter,
+        prompter=Prompter(policy.tokenizer, config.Prompt()),
         labels=labels,
         teacher=teacher,
         reference=None,
         budget=BatchBudget(COMPUTE.microbatch_tokens),
     )
-    optimizer = make_optimizer(policy, stage.optim)
 
     def step(number: int) -> dict[str, float]:
         batch = source(number)

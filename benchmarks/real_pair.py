@@ -15,31 +15,24 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import ours
 from benchmarks.cases import CannotRunError, Case
 from benchmarks.child import repeated
-from headwater.config import recipe as config
 from headwater.config.dense import Dense
 from headwater.config.prompt import Prompt
 from headwater.config.stage import Optim, Sampling, Stage
-from headwater.losses.objectives import objective_of
-from headwater.models.folder import ModelFolder
-from headwater.models.load import LoadOptions, load_policy
-from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.models.token_bytes import TokenBytes, TokenPair
-from headwater.runs.setup import set_up
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.tasks import word_problems
 from headwater.teachers.translated import TranslatedTeacher
 from headwater.training.conditions import divergences
-from headwater.training.rollouts import PolicyRollouts
-from headwater.training.update import make_optimizer, update
 from headwater.types import Problem, Rollout
 
 Row = dict[str, float]
-COMPUTE = config.Compute()
+CPU = torch.device("cpu")
 LEARNING_RATE = 3e-5
 HELD_OUT = 8
 DIALS = word_problems.WordsDials(min_ops=1, max_ops=1, distractors=0, largest=40)
@@ -61,12 +54,6 @@ def folder_of(spec: str) -> str:
     if not (folder / "config.json").is_file():
         raise CannotRunError(f"{folder} is missing: python -m tools.real {folder.name}")
     return str(folder)
-
-
-def policy_of(folder: str, frozen: bool) -> Policy:
-    set_up(COMPUTE)
-    models = config.Models(student=folder, teacher=folder, dtype="float32")
-    return load_policy(ModelFolder.open(folder, "benchmark"), LoadOptions(models, torch.device("cpu"), frozen))
 
 
 def problems_of(count: int, pool: str) -> list[Problem]:
@@ -95,7 +82,7 @@ def held_out_texts(student: Policy, new_tokens: int) -> list[Rollout]:
 
 
 def kl(student: Policy, teacher: TranslatedTeacher, rollouts: Sequence[Rollout]) -> float:
-    return divergences(student, teacher, rollouts, 1, COMPUTE.microbatch_tokens).kl_student_teacher
+    return divergences(student, teacher, rollouts, 1, ours.COMPUTE.microbatch_tokens).kl_student_teacher
 
 
 def work_of(peer: str, case: Case) -> PairWork:
@@ -104,7 +91,8 @@ def work_of(peer: str, case: Case) -> PairWork:
 
 def headwater_work(case: Case) -> PairWork:
     assert case.teacher is not None
-    student, teacher = policy_of(folder_of(case.student), frozen=False), policy_of(folder_of(case.teacher), frozen=True)
+    student = ours.policy_of(folder_of(case.student), CPU, frozen=False)
+    teacher = ours.policy_of(folder_of(case.teacher), CPU, frozen=True)
     problems, prompter = problems_of(case.repetitions * case.batch, "train"), Prompter(student.tokenizer, Prompt())
     stage = Stage(
         objective="opd",
@@ -115,32 +103,13 @@ def headwater_work(case: Case) -> PairWork:
         optim=Optim(lr=LEARNING_RATE),
         dense=Dense(tokenizers="prefix"),
     )
-    objective, optimizer = objective_of(stage), make_optimizer(student, stage.optim)
-    source = PolicyRollouts(
-        policy=student,
-        stage=stage,
-        draw=("benchmark", 0),
-        objective=objective,
-        prompts={problem.id: prompter.ids(problem) for problem in problems},
-        sampler=TorchSampler(student, COMPUTE.sample_batch),
-        prompter=prompter,
-        labels=None,
-        teacher=translated(teacher, student, problems),
-        reference=None,
-        budget=BatchBudget(COMPUTE.microbatch_tokens),
-    )
-
-    def step(number: int) -> Row:
-        batch = source(number)
-        stats = update(student, optimizer, batch.rows, objective, stage, COMPUTE.microbatch_tokens)
-        return {"seconds_sample": batch.metrics["seconds_sample"], "tokens_trained": stats["tokens_trained"]}
+    prompts = {problem.id: prompter.ids(problem) for problem in problems}
+    step = ours.training_step(student, stage, prompts, None, translated(teacher, student, problems))
 
     def held_out() -> Row:
-        before = policy_of(folder_of(case.student), frozen=True)
-        texts, its = (
-            held_out_texts(before, case.new_tokens),
-            translated(teacher, student, problems_of(HELD_OUT, "eval")),
-        )
+        before = ours.policy_of(folder_of(case.student), CPU, frozen=True)
+        texts = held_out_texts(before, case.new_tokens)
+        its = translated(teacher, student, problems_of(HELD_OUT, "eval"))
         return {"kl_before": kl(before, its, texts), "kl_after": kl(student, its, texts)}
 
     return PairWork(repeated(step), held_out)
@@ -187,7 +156,7 @@ def gold_work(case: Case) -> PairWork:
 
     def held_out() -> Row:
         trainer.teacher_model = trainer.optimizer = None  # two more models are loaded
-        before, its_teacher = policy_of(folder, frozen=True), policy_of(teacher_folder, frozen=True)
+        before, its_teacher = (ours.policy_of(path, CPU, frozen=True) for path in (folder, teacher_folder))
         texts = held_out_texts(before, case.new_tokens)
         before.model.load_state_dict(trainer.model.state_dict())
         its = translated(its_teacher, before, problems_of(HELD_OUT, "eval"))
