@@ -44,18 +44,19 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def result_of(options: argparse.Namespace, console: Console, run: runner.Run = runner.run_in_process) -> dict[str, Any]:
+def result_of(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure the limits, then every case, and join the results (format: docs/performance.md)."""
     root = options.models.resolve()
     root.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(options.json.read_text(encoding="utf-8")) if options.add and options.json.exists() else {}
-    limits = run("limits", {"cases": [asdict(case) for case in options.cases], "root": str(root)})
+    request = {"cases": [asdict(case) for case in options.cases], "root": str(root)}
+    limits = runner.run_in_process("limits", request)
     if "failed" in limits:
         raise SystemExit(f"the limits could not be measured: {limits['failed']}")
     workloads: dict[str, Any] = {}
     places: dict[str, str] = {}
     for case in options.cases:
-        results = runner.measure(case, options.peers, options.runs, root, console.print, run)
+        results = runner.measure(case, options.peers, options.runs, root, console.print)
         for workload, name in case.places:
             workloads.setdefault(workload, {})[name] = results
             places[f"{workload}.{name}"] = case.name

@@ -63,8 +63,8 @@ class Case:
         return self.untimed + self.steps
 
 
-def steps_of_b(vocabulary: int = 32_768) -> list[Case]:
-    student, teacher = STUDENT.format(vocabulary), TEACHER.format(vocabulary)
+def steps_of_b() -> list[Case]:
+    student, teacher = STUDENT.format(32_768), TEACHER.format(32_768)
     return [
         Case((("b", "opd"),), "opd", student, teacher),
         Case((("b", "grpo"),), "grpo", student, group=8),

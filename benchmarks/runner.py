@@ -23,9 +23,6 @@ PACKAGES = {"trl": "trl", "vllm": "vllm", "liger": "liger_kernel"}
 TIMEOUT_SECONDS = 1800.0
 """Time limit of a measurement."""
 
-Say = Callable[[str], None]
-Run = Callable[[str, dict[str, Any]], dict[str, Any]]
-
 
 def missing(peers: Sequence[str]) -> dict[str, str]:
     """The peers that are not installed, with the reason."""
@@ -53,9 +50,7 @@ def run_in_process(peer: str, request: dict[str, Any]) -> dict[str, Any]:
         return dict(json.loads(out.read_text(encoding="utf-8")))
 
 
-def measure(
-    case: Case, peers: Sequence[str], runs: int, root: Path, say: Say, run: Run = run_in_process
-) -> dict[str, Any]:
+def measure(case: Case, peers: Sequence[str], runs: int, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure a case `runs` times on each of its peers, alternating: peer -> medians, or the reason why not."""
     wanted = [peer for peer in case.peers if peer in peers]
     unavailable: dict[str, Any] = {peer: {"skipped": why} for peer, why in missing(wanted).items()}
@@ -64,7 +59,7 @@ def measure(
         for peer in wanted:
             if peer in unavailable:
                 continue
-            row = run(peer, {"case": asdict(case), "root": str(root)})
+            row = run_in_process(peer, {"case": asdict(case), "root": str(root)})
             if "seconds" not in row:
                 unavailable[peer] = row
                 say(f"{case.name} {peer}: {row}")

@@ -45,9 +45,9 @@ def ratios(peers: Mapping[str, Result]) -> dict[str, dict[str, float]]:
     }
 
 
-def least_seconds(work: Mapping[str, Any], gemm: Mapping[str, Mapping[str, float]], dtype: str = "float32") -> Result:
-    """Seconds of each part of a case at the measured matrix-product rate of its shapes."""
-    return {part: part_work["flops"] / gemm[part_work["gemm"]][dtype] for part, part_work in work.items()}
+def least_seconds(work: Mapping[str, Any], gemm: Mapping[str, Mapping[str, float]]) -> Result:
+    """Seconds of each part of a case at the measured float32 matrix-product rate of its shapes."""
+    return {part: part_work["flops"] / gemm[part_work["gemm"]]["float32"] for part, part_work in work.items()}
 
 
 def shares(result: Result, least: Mapping[str, float]) -> Result:

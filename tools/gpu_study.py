@@ -7,7 +7,6 @@ parts (`tools.parts`), which are joined when all are there. Nothing is downloade
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -75,7 +74,7 @@ def joined(folder: Path) -> Path:
 
 def run_until(deadline: float, words: list[str]) -> int | None:
     """Run `headwater` and stop it at the deadline (of `time.monotonic`); its exit code, None if it was stopped."""
-    with subprocess.Popen([sys.executable, "-m", "headwater", *words], env=os.environ) as process:
+    with subprocess.Popen([sys.executable, "-m", "headwater", *words]) as process:
         try:
             return process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

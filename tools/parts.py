@@ -13,6 +13,7 @@ import typer
 
 from headwater.cli.options import exit_codes
 from headwater.errors import UserError
+from headwater.storage.files import file_sum
 
 MANIFEST = "manifest.json"
 MIB = 1 << 20
@@ -75,7 +76,7 @@ def missing_parts(parts: Path) -> list[str]:
         entry["part"]
         for entries in _manifest(parts).values()
         for entry in entries
-        if not (parts / entry["part"]).is_file() or _sum(parts / entry["part"]) != entry["sha256"]
+        if not (parts / entry["part"]).is_file() or file_sum(parts / entry["part"]) != entry["sha256"]
     ]
 
 
@@ -103,11 +104,6 @@ def _manifest(parts: Path) -> dict[str, list[dict[str, str]]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is missing, or no manifest of parts") from None
     return dict(manifest)
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main() -> None:

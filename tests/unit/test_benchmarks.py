@@ -152,14 +152,15 @@ def test_peers_alternate_and_missing_ones_are_skipped_by_name(monkeypatch: pytes
         turns.append(peer)
         return fake(peer, settings)
 
+    monkeypatch.setattr(runner, "run_in_process", run)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    measured = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
+    measured = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None)
     assert turns == ["headwater", "trl"] * 3
     assert measured["trl"]["seconds"] == 7.0
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     turns.clear()
-    measured = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
+    measured = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None)
     assert turns == ["headwater"] * 3
     assert measured["trl"] == {"skipped": "trl is not installed"}
     assert cells(measured["trl"], {}) == ["trl is not installed"]
@@ -173,7 +174,8 @@ def test_failing_peer_is_skipped_after_one_try(monkeypatch: pytest.MonkeyPatch) 
         turns.append(peer)
         return {"failed": "ValueError: head size 16"} if peer == "trl" else fake(peer, settings)
 
-    measured = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda line: None, run)
+    monkeypatch.setattr(runner, "run_in_process", run)
+    measured = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda line: None)
     assert turns == ["headwater", "trl", "headwater"]
     assert measured["trl"] == {"failed": "ValueError: head size 16"}
     assert measured["headwater"]["runs"] == 2
@@ -182,7 +184,6 @@ def test_failing_peer_is_skipped_after_one_try(monkeypatch: pytest.MonkeyPatch) 
 def test_json_has_documented_shape_and_add_keeps_other_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(runner, "run_in_process", fake)
-    monkeypatch.setattr(program.result_of, "__defaults__", (fake,))
     out = tmp_path / "out.json"
     common = ["--peers", "trl", "--runs", "1", "--json", str(out), "--models", str(tmp_path / "models")]
     program.main(["--workloads", "b.opd", *common])

@@ -36,8 +36,8 @@ GEMMA_NORMS = {
 """Gemma 3's four norms of a layer: `ffn_norm` comes before the MLP there, under another name."""
 
 
-def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the model folder. `config.json` comes last, so that a folder with one is complete.
+def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...]) -> None:
+    """Write the model folder in bfloat16. `config.json` comes last, so that a folder with one is complete.
 
     The three models tie the head to the embedding. A separate `output.weight`, where there is one, is the same matrix in more bits and
     takes the place of both.
@@ -55,7 +55,7 @@ def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...], dtype: torch.dt
     config = CONFIGS[architecture](field)
     config.vocab_size = next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight")
     config.tie_word_embeddings = True
-    config.dtype = dtype
+    config.dtype = torch.bfloat16
     folder.mkdir(parents=True, exist_ok=True)
     adds_bos = _contents(reader, "tokenizer.ggml.add_bos_token")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=bool(adds_bos))
@@ -65,7 +65,7 @@ def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...], dtype: torch.dt
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(folder)
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in _weights(reader, architecture, config)}
+    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _weights(reader, architecture, config)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [ARCHITECTURES[architecture]]
     config.save_pretrained(folder)

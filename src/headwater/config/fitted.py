@@ -9,6 +9,8 @@ from typing import Literal
 
 from headwater.config.commented_yaml import Setting
 
+Trained = Literal["teacher", "student"]
+
 TEMPLATES = {
     "maths": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
     "choice": '{problem}\n\nThink step by step, and end with "The answer is X.", where X is the letter of your choice.',
@@ -114,7 +116,7 @@ class Effort:
     """How large steps, stages and evaluations may be.
 
     step, stage, evaluation  seconds that the settings aim for
-    fewest_* what is trained and evaluated at least
+    fewest_*                 lower bounds of what is trained and evaluated
     """
 
     step: float = STEP_SECONDS
@@ -126,7 +128,7 @@ class Effort:
 
     @classmethod
     def scaled(cls, share: float) -> Effort:
-        """The usual seconds times a share; much below 1, with the fewest steps and rollouts that still are a try."""
+        """The usual seconds times a share; a share below ½ also lowers the lower bounds."""
         usual = cls()
         fewest = {"fewest_steps": 2, "fewest_rollouts": 8, "fewest_evaluated": 4} if share < 0.5 else {}
         return cls(share * usual.step, share * usual.stage, share * usual.evaluation, **fewest)
@@ -143,7 +145,7 @@ class Form:
     """
 
     dtype: Literal["float32", "bfloat16"]
-    adapted: tuple[Literal["teacher", "student"], ...] = ()
+    adapted: tuple[Trained, ...] = ()
     quantize: bool = False
     checkpointing: bool = False
 
@@ -157,7 +159,7 @@ class Form:
 
 
 def forms(kind: Literal["cpu", "cuda"]) -> list[Form]:
-    """Forms from the one that needs most memory to the one that needs least; the first that fits is taken."""
+    """Forms of training in order of falling memory; the first that fits is taken."""
     dtype: Literal["float32", "bfloat16"] = "float32" if kind == "cpu" else "bfloat16"
     return [
         Form(dtype),

@@ -16,13 +16,15 @@ from headwater.config.fitted import (
     OPD_GROUP,
     SMALL_CACHE,
     TEMPLATES,
+    Trained,
     duration,
     millions,
     passes,
     steps_for,
 )
-from headwater.config.fitted_sizes import FittedSizes, Trained
-from headwater.config.learning_rates import RATES, Signal, suggested_rate
+from headwater.config.fitted_sizes import FittedSizes
+from headwater.config.learning_rates import RATES, suggested_rate
+from headwater.config.objectives import Signal
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class FittedRecipe(FittedSizes):
         ]
 
     def remarks(self) -> list[str]:
-        """What the user should know before anything else."""
+        """Notes of the header: what limits this recipe, and how long it takes."""
         lines = []
         if self.teacher.parameters <= self.student.parameters:
             lines.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from headwater.config.commented_yaml import Setting
 from headwater.config.fitted import (
@@ -19,11 +18,10 @@ from headwater.config.fitted import (
     Effort,
     Form,
     ModelFacts,
+    Trained,
     max_tokens,
     rounded_up,
 )
-
-Trained = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,15 @@ class FittedSizes:
         return rounded_up(1.25 * self.data.prompt_tokens, 64)
 
     def seconds(self, rollouts: int, weights: float) -> float:
-        """Of completions half as long as the limit, where each token is multiplied with `weights` (2 FLOPs each)."""
+        """Seconds for rollouts whose completions are half as long as the limit, at 2 FLOPs for each token and weight."""
         return rollouts * (self.completion.value / 2 + self.data.prompt_tokens) * 2 * weights / self.device.flops
 
     def rl_seconds(self, role: Trained, rollouts: int) -> float:
-        """Of a GRPO step: sampling, and a forward and backward pass."""
+        """Seconds of a GRPO step: sampling, and a forward and backward pass."""
         return self.seconds(rollouts, 4 * self.model(role).parameters)
 
     def transfer_seconds(self, rollouts: int) -> float:
-        """Of a step of warm-up or OPD: the same for the student, and one pass of the teacher."""
+        """Seconds of a step of warm-up or OPD: the same for the student, and one pass of the teacher."""
         return self.seconds(rollouts, 4 * self.student.parameters + self.teacher.parameters)
 
     def model(self, role: Trained) -> ModelFacts:
@@ -77,7 +75,7 @@ class FittedSizes:
 
     @property
     def rollouts(self) -> int:
-        """Of a GRPO step: fewer where it would take too long, or the labels are few."""
+        """Rollouts of a GRPO step: fewer where it would take too long, or the labels are few."""
         rollouts = ROLLOUTS
         while rollouts > self.effort.fewest_rollouts and (
             self.rl_seconds("teacher", rollouts) > self.effort.step or rollouts // GROUP > self.budget // 4

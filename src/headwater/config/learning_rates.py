@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from headwater.config.objectives import Signal
 from headwater.config.stage import Stage
-
-Signal = Literal["reward", "teacher"]
 
 SMALLEST_JUDGED = 64_000_000
 """Parameters. No rates are published for pretrained models below this size; the pocket models (0.1 to 0.6 million) need about 1e-3."""

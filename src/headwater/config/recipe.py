@@ -11,12 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from headwater.config import yaml
 from headwater.config.compute import Compute
@@ -224,7 +219,7 @@ class Recipe(Strict):
     """Device, sampler, memory and processes."""
 
     @model_validator(mode="after")
-    def _validation_is_there(self) -> Recipe:
+    def _check_consistency(self) -> Recipe:
         if self.task is None and self.data.answers:
             raise ValueError(
                 f"task is missing: name the grader of the answers of {self.data.answers[0]}, such as maths"
@@ -249,7 +244,7 @@ class Recipe(Strict):
         return self
 
 
-def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file, the lines and the fields.
 
     Relative paths in the file are those beside it, if they exist there; those of overrides are the working directory's.
@@ -267,7 +262,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def parse_recipe(
-    raw: Any, where: str, overrides: Sequence[str] | None = None, lines: Mapping[Keys, int] | None = None
+    raw: Any, where: str, overrides: Sequence[str] = (), lines: Mapping[Keys, int] | None = None
 ) -> Recipe:
     """Validate a recipe given as plain values. Raises UserError with every fault that was found.
 
@@ -278,14 +273,15 @@ def parse_recipe(
         raise UserError(f"{where}: must be a mapping of fields, not {type(raw).__name__}")
     faults: list[tuple[str | None, str]] = []
     options: dict[Keys, Place] = {}
-    for override in overrides or []:
+    for override in overrides:
+        option = f"--set {' '.join(override.split())}"
         try:
             keys, value = _parsed_override(override)
             raw = _put(raw, keys, value)
         except UserError as error:
-            faults.append((f"--set {' '.join(override.split())}", str(error)))
+            faults.append((option, str(error)))
         else:
-            options[tuple(keys)] = (1, 0, f"--set {' '.join(override.split())}")
+            options[tuple(keys)] = (1, 0, option)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:

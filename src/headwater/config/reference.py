@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 from headwater.config import yaml
@@ -27,7 +26,8 @@ def explain(path: str, width: int = 80) -> str:
     name = _known_path(path)
     field = FIELDS[name]
     lines = [path, *_wrapped(field.description, width)]
-    lines += [f"  {key:8} {value}" for key, value in _facts(field) if value]
+    facts = {"type": field.type_text, "default": default_text(field), "unit": field.unit}
+    lines += [f"  {key:8} {value}" for key, value in facts.items() if value]
     if field.section is None:
         return "\n".join([*lines, *_wrapped(_shipped_values(path), width)])
     inner = [other for other in FIELDS.values() if parent_of(other.path) == name]
@@ -65,12 +65,6 @@ def _known_path(path: str) -> str:
     raise UserError(
         f"explain {path}: no such field{suggestion or ';'} {'T' if suggestion else 't'}he sections are {sections}"
     )
-
-
-def _facts(field: SchemaField) -> Iterator[tuple[str, str]]:
-    yield "type", field.type_text
-    yield "default", default_text(field)
-    yield "unit", field.unit
 
 
 def default_text(field: SchemaField) -> str:

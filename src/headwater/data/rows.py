@@ -145,14 +145,10 @@ def _comma_separated(text: str, where: str) -> Iterator[Row]:
     """Rows of a CSV file; its delimiter is the one of `,`, `;` and tab that divides the header most."""
     header = text.lstrip("\r\n").splitlines()[:1]
     widths = {mark: len(next(csv.reader(header, delimiter=mark), [])) for mark in ",;\t"}
-    return _delimited(text, max(widths, key=lambda mark: widths[mark]), where)
+    return _delimited(text, where, max(widths, key=lambda mark: widths[mark]))
 
 
-def _tab_separated(text: str, where: str) -> Iterator[Row]:
-    return _delimited(text, "\t", where)
-
-
-def _delimited(text: str, delimiter: str, where: str) -> Iterator[Row]:
+def _delimited(text: str, where: str, delimiter: str = "\t") -> Iterator[Row]:
     """Rows of a table whose first line names the columns; every cell is text, also one that looks like a number."""
     csv.field_size_limit(MOST_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -283,7 +279,7 @@ _TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Row]]] = {
     ".txt": _json_lines,
     ".json": _json_file,
     ".csv": _comma_separated,
-    ".tsv": _tab_separated,
+    ".tsv": _delimited,
 }
 _TABLE_READERS: Mapping[str, Callable[[Path, str], Iterator[Row]]] = {
     ".parquet": _parquet,
