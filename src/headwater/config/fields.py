@@ -52,7 +52,7 @@ class SchemaField:
 def walk(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[SchemaField]:
     """Every field of a schema and of its sections, a section before its fields.
 
-    defaults  holds the values of fields that a validator fills in
+    defaults  the default of the whole section, which holds those of its fields
     """
     for name, info in model.model_fields.items():
         default = info.get_default(call_default_factory=True) if defaults is None else getattr(defaults, name)

@@ -27,18 +27,6 @@ class ShareGuard(Guard):
     """Share beyond which the guard acts."""
 
 
-GUARDS: dict[str, dict[str, Any]] = {
-    "kl_explosion": {"action": "warn", "bound": 1.0, "window": 10},
-    "entropy_collapse": {"action": "warn", "bound": 0.03, "window": 10},
-    "truncation": {"action": "warn", "bound": 0.5, "window": 10},
-    "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
-    "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
-    "teacher_uniform": {"action": "stop", "bound": 0.1, "window": 2},
-    "teacher_jump": {"action": "stop", "bound": 10.0, "window": 5},
-}
-"""Defaults of each guard (docs/checks.md); `training.guards` defines the metrics."""
-
-
 class Guards(Strict):
     """Actions when a metric of training goes wrong (docs/checks.md).
 
@@ -50,19 +38,19 @@ class Guards(Strict):
     """First steps of a stage that `no_signal` looks at."""
     unchanged_teacher: Literal["warn", "stop", "off"] = "warn"
     """Action at the end of a teacher's stage in which no step had a gradient: the student would distil the teacher as it was."""
-    kl_explosion: Guard
+    kl_explosion: Guard = Guard(action="warn", bound=1.0, window=10)
     """The KL has risen by more than `bound` nats per token over its lowest."""
-    entropy_collapse: ShareGuard
+    entropy_collapse: ShareGuard = ShareGuard(action="warn", bound=0.03, window=10)
     """The entropy is at most `bound` of its value at the start of the stage."""
-    truncation: ShareGuard
+    truncation: ShareGuard = ShareGuard(action="warn", bound=0.5, window=10)
     """More than `bound` of the completions reached the token limit."""
-    no_variance: ShareGuard
+    no_variance: ShareGuard = ShareGuard(action="warn", bound=0.01, window=10)
     """At most `bound` of the groups have rewards that differ."""
-    sampler_gap: Guard
+    sampler_gap: Guard = Guard(action="warn", bound=0.05, window=10)
     """Sampler and trainer differ by more than `bound` nats per token."""
-    teacher_uniform: ShareGuard
+    teacher_uniform: ShareGuard = ShareGuard(action="stop", bound=0.1, window=2)
     """The log-probs of the teacher's tokens differ from −ln V, those of a uniform distribution, by at most `bound` · ln V."""
-    teacher_jump: Guard
+    teacher_jump: Guard = Guard(action="stop", bound=10.0, window=5)
     """Between two windows the median KL to a served teacher has moved by more than `bound` times its spread over the first of them."""
 
     @model_validator(mode="before")
@@ -70,10 +58,16 @@ class Guards(Strict):
     def _fill_in_defaults(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {**value, **{name: _guard(value.get(name, {}), default) for name, default in GUARDS.items()}}
+        return {**value, **{name: _guard(value[name], guard) for name, guard in GUARDS.items() if name in value}}
 
 
-def _guard(value: Any, default: dict[str, Any]) -> Any:
+GUARDS: dict[str, Guard] = {
+    name: field.default for name, field in Guards.model_fields.items() if isinstance(field.default, Guard)
+}
+"""Defaults of each guard (docs/checks.md); `training.guards` defines the metrics."""
+
+
+def _guard(value: Any, default: Guard) -> Any:
     """A guard's value completed by its defaults. YAML reads a bare `off` as false."""
     value = {"action": "off" if value is False else value} if isinstance(value, (str, bool)) else value
-    return {**default, **value} if isinstance(value, dict) else value
+    return {**default.model_dump(), **value} if isinstance(value, dict) else value

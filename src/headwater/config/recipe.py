@@ -213,7 +213,7 @@ class Recipe(Strict):
     """How models are evaluated on `data.evals`, before, between and after stages."""
     conditions: Conditions = Conditions()
     """Measurement of how far student and teacher are apart (condition C2)."""
-    guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
+    guards: Guards = Guards()
     """Actions when a metric of training goes wrong."""
     compute: Compute = Compute()
     """Device, sampler, memory and processes."""

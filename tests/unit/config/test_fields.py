@@ -29,7 +29,7 @@ def test_walk_gives_type_default_and_unit() -> None:
 
 
 def test_walk_shows_values_of_filled_in_sections() -> None:
-    """Guards are completed by a validator, so their fields have no default of their own."""
+    """A guard's fields have no defaults of their own: those shown are of the guard's."""
     assert FIELDS["guards.truncation.bound"].default == 0.5 and FIELDS["guards.kl_explosion.bound"].default == 1.0
 
 

@@ -171,8 +171,8 @@ def test_guard_stop_names_value_bound_and_remedy_also_after_resume(tmp_path: Pat
 
 def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
-    assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
-    stops = {name for name, guard in GUARDS.items() if guard["action"] == "stop"}
+    assert {name: getattr(guards, name) for name in GUARDS} == GUARDS
+    stops = {name for name, guard in GUARDS.items() if guard.action == "stop"}
     assert stops == {"teacher_uniform", "teacher_jump"} and GUARDS.keys() == MEASURES.keys()
     changes = ["guards.truncation=stop", "guards.no_variance=off", "guards.sampler_gap.bound=0.2", "guards.patience=5"]
     guards = find_recipe("pocket", changes).guards
