@@ -7,11 +7,18 @@ models have an end token that cannot be sampled, so every completion has full le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["opd", "grpo", "sampling", "train", "loss", "loss_gpu", "pair"]
+
+Figures = dict[str, float]
+"""Seconds, bytes and counts of one repetition."""
+Step = Callable[[int], Figures]
+"""One repetition, called with its number."""
+Work = Callable[[int], list[Figures]]
+"""Loaded work: takes the number of repetitions and returns the figures of each."""
 
 QWEN25 = "qwen2.5:24x896:151936"
 """The shape and vocabulary of Qwen2.5-0.5B."""

@@ -10,22 +10,17 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import CannotRunError, Case
-
-Row = dict[str, float]
-Work = Callable[[int], list[Row]]
-"""Loaded work: number of repetitions -> seconds and counts of each repetition."""
+from benchmarks.cases import CannotRunError, Case, Figures, Step, Work
 
 
-def repeated(step: Callable[[int], Row]) -> Work:
-    """Measure the wall-clock time of a step function, which takes the number of the repetition."""
+def repeated(step: Step) -> Work:
+    """Work that measures the wall-clock time of each step."""
 
-    def work(times: int) -> list[Row]:
+    def work(times: int) -> list[Figures]:
         rows = []
         for number in range(times):
             started = time.perf_counter()

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Figures, Step
 from benchmarks.models import folder_of, prompts_of
 
-Step = Callable[[int], dict[str, float]]
 PAGE = 64
 """Tokens per page of the continuous batching cache."""
 
@@ -50,7 +49,7 @@ def transformers_generate(case: Case, root: Path) -> Step:
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids])
     config = generation(model, case)
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         with torch.inference_mode():
             output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
         return {"tokens_sampled": (output.shape[1] - width) * output.shape[0]}
@@ -68,7 +67,7 @@ def continuous_batching(case: Case, root: Path) -> Step:
         page_size=PAGE, num_blocks=pages, max_batch_tokens=len(ids) * longest, max_requests_per_batch=len(ids)
     )
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         outputs = model.generate_batch(
             ids, generation_config=config, continuous_batching_config=settings, persistent_manager=True
         )
@@ -90,7 +89,7 @@ def vllm(case: Case, root: Path) -> Step:
     params = SamplingParams(temperature=1.0, max_tokens=case.new_tokens, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in ids]
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         outputs = engine.generate(prompts, params, use_tqdm=False)
         return {"tokens_sampled": sum(len(output.outputs[0].token_ids) for output in outputs)}
 

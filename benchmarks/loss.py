@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import CannotRunError, Case
+from benchmarks.cases import CannotRunError, Case, Figures, Step
 
 Inputs = dict[str, Any]
-Step = Callable[[int], dict[str, float]]
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -103,7 +102,7 @@ def step_of(peer: str, case: Case) -> Step:
     form(inputs_of(tiny, device, dtype))  # import first: imports must not count as time or memory
     baseline = torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         inputs["student_hidden"].grad = inputs["student_head"].weight.grad = None
         if device.type == "cpu":
             loss = form(inputs)

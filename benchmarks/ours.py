@@ -5,14 +5,14 @@ Only this file of the benchmarks depends on Headwater's signatures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import CannotRunError, Case
+from benchmarks.cases import CannotRunError, Case, Figures, Step
 from benchmarks.models import completions_of, folder_of, parity, prompts_of
 from headwater.config import recipe as config
 from headwater.config.stage import Optim, Sampling, Stage
@@ -41,9 +41,6 @@ from headwater.types import Problem, Rollout, Verdict
 
 COMPUTE = config.Compute()
 """A recipe's default microbatch and sampler batch."""
-
-Step = Callable[[int], dict[str, float]]
-"""One repetition: its number -> seconds of its parts, and counts."""
 
 
 def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
@@ -115,7 +112,7 @@ def training_step(
         budget=BatchBudget(COMPUTE.microbatch_tokens),
     )
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         batch = source(number)
         stats = update(policy, optimizer, batch.rows, objective, stage, COMPUTE.microbatch_tokens)
         return {
@@ -143,7 +140,7 @@ def train_of(case: Case, root: Path) -> Step:
     given = completions_of(case, case.repetitions)
     optimizer = make_optimizer(policy, stage.optim)
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         step_problems = problems[number * case.batch : (number + 1) * case.batch]
         rollouts = [
             Rollout(problem.id, 0, ids_of(policy, problem), tuple(ids), (0.0,) * len(ids), "length", policy.fingerprint)
@@ -164,7 +161,7 @@ def sampling_of(case: Case, root: Path) -> Step:
     sampler = TorchSampler(policy, COMPUTE.sample_batch)
     prompts = [(problem.id, ids_of(policy, problem)) for problem in problems]
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> Figures:
         requests = requests_for(prompts, case.group, 0, "benchmark", number)
         rollouts = sampler.sample(requests, Sampling(max_tokens=case.new_tokens))
         return {"tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts)}

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import ours
-from benchmarks.cases import CannotRunError, Case
+from benchmarks.cases import CannotRunError, Case, Figures, Work
 from benchmarks.child import repeated
 from headwater.config.dense import Dense
 from headwater.config.prompt import Prompt
@@ -31,7 +31,6 @@ from headwater.teachers.translated import TranslatedTeacher
 from headwater.training.conditions import divergences
 from headwater.types import Problem, Rollout
 
-Row = dict[str, float]
 CPU = torch.device("cpu")
 LEARNING_RATE = 3e-5
 HELD_OUT = 8
@@ -42,10 +41,10 @@ DIALS = word_problems.WordsDials(min_ops=1, max_ops=1, distractors=0, largest=40
 class PairWork:
     """Loaded work: `steps(times)` trains and gives a row for each step; `held_out()` is measured after it."""
 
-    steps: Callable[[int], list[Row]]
-    held_out: Callable[[], Row]
+    steps: Work
+    held_out: Callable[[], Figures]
 
-    def __call__(self, times: int) -> list[Row]:
+    def __call__(self, times: int) -> list[Figures]:
         return self.steps(times)
 
 
@@ -106,7 +105,7 @@ def headwater_work(case: Case) -> PairWork:
     prompts = {problem.id: prompter.ids(problem) for problem in problems}
     step = ours.training_step(student, stage, prompts, None, translated(teacher, student, problems))
 
-    def held_out() -> Row:
+    def held_out() -> Figures:
         before = ours.policy_of(folder_of(case.student), CPU, frozen=True)
         texts = held_out_texts(before, case.new_tokens)
         its = translated(teacher, student, problems_of(HELD_OUT, "eval"))
@@ -149,12 +148,12 @@ def gold_work(case: Case) -> PairWork:
     )
     trainer.model.generate = clock.around(trainer.model.generate)
 
-    def steps(times: int) -> list[Row]:
+    def steps(times: int) -> list[Figures]:
         assert times == case.repetitions
         trainer.train()
         return clock.rows
 
-    def held_out() -> Row:
+    def held_out() -> Figures:
         trainer.teacher_model = trainer.optimizer = None  # two more models are loaded
         before, its_teacher = (ours.policy_of(path, CPU, frozen=True) for path in (folder, teacher_folder))
         texts = held_out_texts(before, case.new_tokens)

@@ -18,18 +18,16 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Figures, Work
 from benchmarks.models import completions_of, folder_of, parity, prompts_of
 from headwater.tasks.registry import find_task
-
-Row = dict[str, float]
 
 
 class Clock(TrainerCallback):
     """Times each optimizer step and the generation within it."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[Figures] = []
         self.began = self.generating = 0.0
         self.tokens = 0
 
@@ -78,7 +76,7 @@ def settings_of(case: Case, steps: int) -> dict[str, Any]:
     }
 
 
-def work_of(case: Case, root: Path) -> Callable[[int], list[Row]]:
+def work_of(case: Case, root: Path) -> Work:
     steps = case.repetitions
     folder = folder_of(case.student, case.endless, root)
     problems, gold = prompts_of(case, folder, steps)
@@ -103,7 +101,7 @@ def work_of(case: Case, root: Path) -> Callable[[int], list[Row]]:
     else:
         trainer.model.generate = clock.around(trainer.model.generate)
 
-    def work(times: int) -> list[Row]:
+    def work(times: int) -> list[Figures]:
         assert times == steps
         trainer.train()
         return clock.rows
