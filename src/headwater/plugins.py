@@ -40,7 +40,8 @@ def find(kind: Kind, name: str) -> FunctionType | None:
     where = f"{kind} {name}"
     if not (module_name and function_name):
         raise UserError(f"{where}: is unknown; write it as package.module:function")
-    if module_name.partition(".")[0] in {*sys.stdlib_module_names, *sys.builtin_module_names}:
+    top = module_name.partition(".")[0]
+    if top in {*sys.stdlib_module_names, *sys.builtin_module_names}:
         # Security: a recipe with timeit:timeit would run a gold answer as a program.
         raise UserError(
             f"{where}: {module_name} has no function {function_name} to use; the standard library is not allowed"
@@ -52,7 +53,6 @@ def find(kind: Kind, name: str) -> FunctionType | None:
     except (Exception, SystemExit) as error:  # the user's module may fail in any way
         raise UserError(f"{where}: {module_name} does not import ({type(error).__name__}: {error})") from None
     function = getattr(module, function_name, None)
-    top = module_name.partition(".")[0]
     if not isinstance(function, FunctionType):
         raise UserError(f"{where}: {module_name} has no function {function_name}")
     if function.__module__.partition(".")[0] != top:

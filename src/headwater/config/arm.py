@@ -51,6 +51,10 @@ class Arm:
     same_compute: tuple[str, str] | None = None
     source: str = ""
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.teacher + self.student
+
 
 def changed(stage: Stage, dense: Mapping[str, Any] | None = None, **fields: Any) -> Stage:
     """A copy of the stage with these fields, and these of its section `dense`, validated."""

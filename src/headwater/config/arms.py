@@ -252,7 +252,7 @@ def _resolved(name: str, arm: Arm, recipe: Recipe) -> Arm:
 def _refuse_unspent_labels(name: str, arm: Arm, recipe: Recipe) -> None:
     """Refuse a dense stage that weighs prompts by labels which no earlier stage of the arm looks at: it takes no labels of its own."""
     spent: set[Pool | None] = set()
-    for step in (*arm.teacher, *arm.student):
+    for step in arm.steps:
         stage = stage_of(recipe, step)
         if stage.grades_spent_labels and not spent & {step.pool, "all"}:
             assert stage.dense.token_weights is not None
@@ -288,7 +288,7 @@ def missing_fields(arm: Arm, recipe: Recipe) -> list[str]:
     """The fields that an arm needs and the recipe does not have. Example: `["stages.teacher_rl", "data.labeled"]`."""
     stages, missing = recipe.stages.named, dict[str, None]()
     others = [] if arm.same_compute is None else [ARMS[name] for name in arm.same_compute]
-    for step in [step for each in (arm, *others) for step in (*each.teacher, *each.student)]:
+    for step in [step for each in (arm, *others) for step in each.steps]:
         if step.stage not in stages and not (step.stage == "sft" and "warmup" in stages):
             missing[f"stages.{step.stage}"] = None
             settings = Stage(objective=default_objective(step.stage), steps=1)

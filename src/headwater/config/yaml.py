@@ -60,6 +60,12 @@ def _lines(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
                 yield from _lines(value, keys)
 
 
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return [] if isinstance(node, yaml.ScalarNode) else node.value
+
+
 def _refuse_bombs(root: yaml.Node, where: str) -> None:
     sizes: dict[int, int] = {}
     ancestors: set[int] = set()
@@ -69,11 +75,7 @@ def _refuse_bombs(root: yaml.Node, where: str) -> None:
             raise UserError(f"{where}: an alias refers to a value that contains it")
         if id(node) not in sizes:
             ancestors.add(id(node))
-            parts = (
-                [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
-            )
-            inner = [] if isinstance(node, yaml.ScalarNode) else parts
-            sizes[id(node)] = min(sys.maxsize, 1 + sum(map(size, inner)))
+            sizes[id(node)] = min(sys.maxsize, 1 + sum(map(size, _children(node))))
             ancestors.remove(id(node))
         return sizes[id(node)]
 
@@ -87,15 +89,12 @@ def _refuse_repeated_keys(root: yaml.Node, where: str) -> None:
     waiting = [root]
     while waiting:
         node = waiting.pop()
-        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+        if id(node) in seen:
             continue
         seen.add(id(node))
-        if not isinstance(node, yaml.MappingNode):
-            waiting += node.value
-            continue
+        waiting += _children(node)
         first_lines: dict[tuple[str, str], int] = {}
-        for key, value in node.value:
-            waiting += [key, value]
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             line = key.start_mark.line + 1

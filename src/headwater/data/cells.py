@@ -39,10 +39,8 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, datetime):
         midnight = value.tzinfo is None and value.time() == time()
         return value.date().isoformat() if midnight else value.isoformat(sep=" ")
-    if isinstance(value, time):
-        return value.isoformat(
-            "auto" if value.second or value.microsecond else "minutes"
-        )  # 15:45, as a person writes it
+    if isinstance(value, time):  # 15:45, as a person writes it
+        return value.isoformat("auto" if value.second or value.microsecond else "minutes")
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, (bytes, bytearray)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -52,7 +52,7 @@ def describe(source: Source, where: str) -> FileDescription:
         raise UserError(f"{where} is empty")
     _, answer = find_columns(source, numbered[0], where, need_answers=False)
     rows = [row for _, row in numbered]
-    cells = [] if answer is None else [_cell(row, answer) for row in rows]
+    cells = [] if answer is None else [_converted(plain_value, answer_at(row, answer)) for row in rows]
     listed = sum(choices_of(row) is not None for row in rows)
     choice = "choice", f"{listed} of {len(rows)} rows list choices, which are written into the problem with letters"
     task, reason = choice if listed >= NEARLY_ALL * len(rows) else task_of(cells)
@@ -82,24 +82,17 @@ def task_of(cells: Sequence[Any]) -> tuple[str, str]:
     letters = sum(len(text) <= 8 and letters_of(text) is not None for text in texts)
     if letters >= NEARLY_ALL * count:
         return "choice", f"{letters} of {count} answers are letters from A to J"
-    golds = [gold for cell in given if (gold := _maths_gold(cell)) is not None]
+    golds = [gold for cell in given if (gold := _converted(gold_answer, cell)) is not None]
     mathematical = sum(_MATHS.search(gold) is not None for gold in golds)
     if mathematical >= MOST * count:
         return "maths", f"{mathematical} of {count} answers hold a number or an expression"
     return "exact", f"{count - mathematical} of {count} answers are texts without a number or an expression"
 
 
-def _cell(row: Mapping[str, Any], column: str) -> Any:
-    """The cell as a plain value; None for one that has none, which `load` refuses with its row."""
+def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
+    """The converted value; None for one that cannot be converted, which loading the file refuses with its row."""
     try:
-        return plain_value(answer_at(row, column))
-    except ValueError:
-        return None
-
-
-def _maths_gold(cell: Any) -> str | None:
-    try:
-        return gold_answer(cell)
+        return convert(value)
     except ValueError:
         return None
 

@@ -67,12 +67,10 @@ def refuse_unreachable(models: Mapping[str, str]) -> None:
     if reason is None:
         return
     names = list(dict.fromkeys(missing.values()))
-    if len(missing) == 1:
-        ((field, name),) = missing.items()
-        raise UserError(f"{field}: {name} is no folder here, and the hub cannot be reached {remedy('it', reason)}")
     are = "is no folder here" if len(names) == 1 else "are no folders here"
-    them = remedy("them", reason).replace("to a folder", "to folders")
-    raise UserError(f"{' and '.join(missing)}: {' and '.join(names)} {are}, and the hub cannot be reached {them}")
+    single = len(missing) == 1
+    advice = remedy("it", reason) if single else remedy("them", reason).replace("to a folder", "to folders")
+    raise UserError(f"{' and '.join(missing)}: {' and '.join(names)} {are}, and the hub cannot be reached {advice}")
 
 
 def refuse_absent(field: str, name: str, kind: Literal["model", "data set"] = "model") -> None:

@@ -71,8 +71,8 @@ def test_arms_are_distinct() -> None:
         trained = {}
         for name in ARMS:
             arm = arm_of(name, recipe)
-            assert arm.student and all(step.pool for step in (*arm.teacher, *arm.student))
-            stages = [(step.pool, stage_of(recipe, step).model_dump_json()) for step in (*arm.teacher, *arm.student)]
+            assert arm.student and all(step.pool for step in arm.steps)
+            stages = [(step.pool, stage_of(recipe, step).model_dump_json()) for step in arm.steps]
             trained[name] = (len(arm.teacher), *stages, arm.same_compute)
         # On halves the bridge trains on the first half anyway.
         names = [name for name in trained if (name, split) != ("bridge_1h", "half")]
@@ -314,7 +314,7 @@ def test_bridge_plus_is_short_rl_and_every_prompt_together() -> None:
 def test_recipe_improved_spends_as_bridge_plus_does() -> None:
     pocket, improved = recipe_with(), find_recipe("improved", [])
     plus = arm_of("bridge_plus", pocket)
-    for step in (*plus.teacher, *plus.student):
+    for step in plus.steps:
         stage = stage_of(pocket, step)
         ours = getattr(improved.stages, step.stage)
         # At equal compute the arm takes as many OPD steps as the FLOPs pay for; the recipe names their number on seed 101.
