@@ -73,7 +73,7 @@ def text(evaluations: Sequence[Evaluation]) -> str:
 
 
 def compare(first: Path, second: Path) -> list[Comparison]:
-    """Compare two result files on the data sets that both hold; a model and a data set of one file meet those of the other in order.
+    """Compare two result files on the data sets that both hold; several models on one data set are paired in their order.
 
     Raises UserError for a file that is no result file, and where no problem is in both.
     """

@@ -33,7 +33,7 @@ def find(kind: Kind, name: str) -> FunctionType | None:
 
     Raises UserError if it cannot be imported, is no function, or is not defined in the package that it is named by.
     """
-    entry = _entry(kind, name)
+    entry: EntryPoint | None = next(iter(entry_points(group=f"headwater.{kind}s", name=name)), None)
     if entry is None and ":" not in name:
         return None
     module_name, _, function_name = (name if entry is None else entry.value).partition(":")
@@ -58,10 +58,6 @@ def find(kind: Kind, name: str) -> FunctionType | None:
     if function.__module__.partition(".")[0] != top:
         raise UserError(f"{where}: {function_name} is not defined in {top}, only imported there")
     return function
-
-
-def _entry(kind: Kind, name: str) -> EntryPoint | None:
-    return next(iter(entry_points(group=f"headwater.{kind}s", name=name)), None)
 
 
 def declare(kind: Kind, facts: Any) -> Callable[[Function], Function]:

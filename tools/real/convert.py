@@ -52,7 +52,7 @@ def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...]) -> None:
     def field(name: str) -> Any:
         return _contents(reader, f"{architecture}.{name}")
 
-    config = CONFIGS[architecture](field)
+    config = _config(architecture, field)
     config.vocab_size = next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "token_embd.weight")
     config.tie_word_embeddings = True
     config.dtype = torch.bfloat16
@@ -107,11 +107,14 @@ def _name(gguf_name: str, architecture: str) -> str:
     return f"model.layers.{layer}.{names[part]}.{kind}"
 
 
-Field = Callable[..., Any]
+CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 
 
-def _common(field: Field) -> dict[str, Any]:
-    return {
+def _config(architecture: str, field: Callable[[str], Any]) -> PretrainedConfig:
+    """transformers' config from the fields of a GGUF file; of Gemma 3 that of its text model."""
+    rope = {"rope_type": "default", "rope_theta": field("rope.freq_base")}
+    fields: dict[str, Any] = {
         "hidden_size": field("embedding_length"),
         "intermediate_size": field("feed_forward_length"),
         "num_hidden_layers": field("block_count"),
@@ -119,35 +122,17 @@ def _common(field: Field) -> dict[str, Any]:
         "num_key_value_heads": field("attention.head_count_kv"),
         "max_position_embeddings": field("context_length"),
         "rms_norm_eps": round(field("attention.layer_norm_rms_epsilon"), 12),
+        "rope_parameters": rope,
     }
-
-
-def _rope(field: Field) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": field("rope.freq_base")}
-
-
-def _llama(field: Field) -> PretrainedConfig:
-    return LlamaConfig(**_common(field), rope_parameters=_rope(field))
-
-
-def _qwen2(field: Field) -> PretrainedConfig:
-    return Qwen2Config(**_common(field), rope_parameters=_rope(field))
-
-
-def _gemma3(field: Field) -> PretrainedConfig:
-    """Gemma 3's text model: every sixth layer attends to the whole context, the others to a window with a base of 10,000."""
-    width = field("attention.key_length")
-    return Gemma3TextConfig(
-        **_common(field),
-        head_dim=width,
-        query_pre_attn_scalar=width,
-        sliding_window=field("attention.sliding_window"),
-        rope_parameters={
-            "full_attention": _rope(field),
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-    )
-
-
-CONFIGS: dict[str, Callable[[Field], PretrainedConfig]] = {"llama": _llama, "qwen2": _qwen2, "gemma3": _gemma3}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
+    if architecture == "gemma3":  # every sixth layer attends to the whole context, the others to a window
+        width = field("attention.key_length")
+        fields |= {
+            "head_dim": width,
+            "query_pre_attn_scalar": width,
+            "sliding_window": field("attention.sliding_window"),
+            "rope_parameters": {
+                "full_attention": rope,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        }
+    return CONFIGS[architecture](**fields)

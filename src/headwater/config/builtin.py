@@ -11,7 +11,7 @@ from headwater.errors import UserError, did_you_mean
 
 FOLDER = Path(str(files("headwater"))) / "builtin"
 MOST_LISTED = 50
-"""Files of a folder among which a misspelt name is looked up."""
+"""Most files of a folder that a misspelt name is compared with."""
 
 
 def builtin_names() -> list[str]:

@@ -67,7 +67,8 @@ def walk(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = 
             choices=tuple(choices_of(info.annotation, metadata)),
         )
         if section is not None:
-            inner = f"{path}.{ANY_NAME}." if _is_mapping(info.annotation) else f"{path}."
+            is_mapping = any(get_origin(member) is dict for member in _members(info.annotation))
+            inner = f"{path}.{ANY_NAME}." if is_mapping else f"{path}."
             yield from walk(section, inner, default if isinstance(default, section) else None)
 
 
@@ -161,10 +162,6 @@ def _members(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return [member for part in get_args(annotation) for member in _members(part)]
     return [] if annotation is type(None) or annotation is None else [annotation]
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return any(get_origin(member) is dict for member in _members(annotation))
 
 
 def _tag(member: Any) -> str:

@@ -151,7 +151,7 @@ def find_answer_column(
 ) -> str | None:
     """The column with the answers; None for a file without answers that needs none.
 
-    further  names that are tried after ANSWER_COLUMNS; a cell that is true or false is no answer there, but a judgement
+    further  names that are tried after ANSWER_COLUMNS; a cell that is true or false is a judgement there and no answer
     """
     column = _find(given.answer, ANSWER_COLUMNS, row)
     if column is None and given.answer is None:
@@ -209,7 +209,7 @@ def context_columns(given: Columns, row: Mapping[str, Any], used: Iterable[str |
 def lacks_column(problem: str, column: str, cell: Any) -> bool:
     """Whether a cell holds a text that a problem does not contain.
 
-    Of another column with problems (`prompt` beside `question`), one that contains the problem adds no more than an instruction.
+    A second problem column (`prompt` beside `question`) that contains the problem adds only an instruction and does not count.
     """
     texts = [text for text in _texts(cell) if text.strip()]
     if not texts or (messages_of(cell) is not None and column.lower() not in CONTEXT_COLUMNS):

@@ -23,9 +23,9 @@ SOLUTION_COLUMNS = (
 )  # fmt: skip
 """Columns with a worked solution, where the answer's own cell holds none; in order of preference."""
 WORKED_WORDS = 8
-"""Least words of a cell that is a worked solution and not an answer alone."""
+"""Fewest words of a worked solution; a shorter cell is an answer alone."""
 MOST_ROWS = 2000
-"""Rows that the description rests on; a longer file is assumed to go on like that."""
+"""Rows that are read; the rest of a longer file is assumed to be alike."""
 NEARLY_ALL, MOST = 0.95, 0.6
 _MATHS = re.compile(r"\d|\\[a-zA-Z]|π|√|∞")
 _TESTS = re.compile(r"\s*(?:assert\b|def (?:test_|check\b)|import |from \w+ import )")

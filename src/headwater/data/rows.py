@@ -56,7 +56,7 @@ def _format(path: Path) -> str:
 
 
 def no_such_file(path: Path) -> str:
-    """That a file is missing, and the file beside it whose name is nearest.
+    """Sentence that a file is missing, with the nearest name beside it.
 
     Example: `no such file in /home/me; did you mean data/train.jsonl?`
     """

@@ -103,7 +103,7 @@ def refuse_absent(field: str, name: str, kind: Literal["model", "data set"] = "m
 
 
 def absent(name: str, host: str) -> str:
-    """That the hub has no such name, and the one here that may be meant."""
+    """Sentence that the hub has no such name, with the nearest name here."""
     likely = did_you_mean(name, names_here(name)) or "."
     return f"{name} exists neither on {host} nor as a file or folder here{likely} Check its spelling, or set HF_TOKEN if it is private"
 
