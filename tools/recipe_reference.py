@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from headwater.config.fields import SchemaField
 from headwater.config.recipe import Source
-from headwater.config.reference import FIELDS, default_text, parent_of
+from headwater.config.reference import FIELDS, default_text, fields_of
 from headwater.config.stage import Stage
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe-fields.md"
@@ -42,12 +42,12 @@ def markdown() -> str:
 
 
 def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
-    yield "The recipe", [field for field in FIELDS.values() if "." not in field.path]
+    yield "The recipe", fields_of("")
     done: set[type[BaseModel]] = set()
     for field in FIELDS.values():
         if field.section is None or (field.section in EXPLAINED_ONCE and field.section in done):
             continue
-        heading, inner = field.path, [other for other in FIELDS.values() if parent_of(other.path) == field.path]
+        heading = field.path
         owner = next((section for section in EXPLAINED_ONCE if field.path.startswith(tuple(_paths_of(section)))), None)
         if owner is not None:
             first = next(_paths_of(owner))
@@ -55,7 +55,7 @@ def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
                 continue
             heading = EXPLAINED_ONCE[owner] + field.path.removeprefix(first)
         done.add(field.section)
-        yield heading, inner
+        yield heading, fields_of(field.path)
 
 
 def _paths_of(section: type[BaseModel]) -> Iterator[str]:

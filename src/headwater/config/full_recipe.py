@@ -7,7 +7,7 @@ from typing import Any
 from headwater.config.commented_yaml import Setting, commented_yaml
 from headwater.config.fields import SchemaField
 from headwater.config.objectives import default_objective
-from headwater.config.reference import FIELDS, parent_of
+from headwater.config.reference import fields_of
 
 VALUES: dict[str, Any] = {
     "name": "my-recipe",
@@ -38,9 +38,7 @@ def _fields(path: str, indent: int, comments: bool, seen: set[type]) -> list[str
     seen  kinds of sections whose fields have been described
     """
     pad, lines = " " * indent, list[str]()
-    for field in FIELDS.values():
-        if parent_of(field.path) != path:
-            continue
+    for field in fields_of(path):
         unit = f" Unit: {field.unit}." if field.unit else ""
         comment = f"{field.description}{unit}" if comments else ""
         value = _value(field)

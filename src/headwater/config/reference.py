@@ -21,7 +21,7 @@ def explain(path: str, width: int = 80) -> str:
     Example: `explain("stages.opd.optim.lr")` has the lines `type     number > 0` and `default  1e-06`.
     """
     if not path:
-        return _section_text("", [field for field in FIELDS.values() if "." not in field.path], width)
+        return _section_text("", fields_of(""), width)
     name = _known_path(path)
     field = FIELDS[name]
     lines = [path, *_wrapped(field.description, width)]
@@ -29,8 +29,7 @@ def explain(path: str, width: int = 80) -> str:
     lines += [f"  {key:8} {value}" for key, value in facts.items() if value]
     if field.section is None:
         return "\n".join([*lines, *_wrapped(_shipped_values(path), width)])
-    inner = [other for other in FIELDS.values() if parent_of(other.path) == name]
-    return "\n".join([*lines, "", _section_text(f"{path}.", inner, width)])
+    return "\n".join([*lines, "", _section_text(f"{path}.", fields_of(name), width)])
 
 
 def _shipped_values(path: str) -> str:
@@ -45,9 +44,9 @@ def _shipped_values(path: str) -> str:
     return f"set {', '.join(values)}" if values else ""
 
 
-def parent_of(path: str) -> str:
-    """The section of a field; a section's own NAME counts with it."""
-    return path.rpartition(".")[0].removesuffix(f".{ANY_NAME}")
+def fields_of(section: str) -> list[SchemaField]:
+    """The fields of a section, or of an entry where it is a mapping; "" is the recipe itself."""
+    return [field for field in FIELDS.values() if field.path.rpartition(".")[0].removesuffix(f".{ANY_NAME}") == section]
 
 
 def _known_path(path: str) -> str:
