@@ -98,7 +98,8 @@ def intended_field(keys: Keys, model: type[BaseModel]) -> str:
         elsewhere = [path for path in paths if path[-1] in close_names]
     if not elsewhere:
         return ""
-    return f"; did you mean {'.'.join(max(elsewhere, key=lambda path: _shared(path, keys)))}?"
+    nearest = max(elsewhere, key=lambda path: _shared(path, keys))
+    return f"; did you mean {'.'.join(nearest)}?"
 
 
 def _shared(path: Keys, keys: Keys) -> tuple[int, int]:

@@ -156,8 +156,9 @@ def _has_role(message: Any) -> bool:
 
 
 def _role(message: Mapping[str, Any]) -> str:
-    """The role of a message in lower case; `_turn` refuses one that is none, or missing."""
-    return str(_value(message, _ROLE_KEYS) or "").strip().lower()
+    """The role of a message in lower case; "" if it has none, which `_turn` refuses."""
+    role = _value(message, _ROLE_KEYS)
+    return "" if role is None else str(role).strip().lower()
 
 
 def _is_blank_system(message: Mapping[str, Any]) -> bool:
