@@ -26,8 +26,8 @@ def prompts_and_folder(case: Case, root: Path) -> tuple[Path, list[list[int]]]:
     return folder, [tokenizer(problem.text)["input_ids"] for problem in problems for _ in range(case.group)]
 
 
-def model_of(folder: Path, attention: str = "sdpa") -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+def model_of(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 def generation(model: Any, case: Case) -> GenerationConfig:

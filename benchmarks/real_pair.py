@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks import ours
 from benchmarks.cases import CannotRunError, Case, Figures, Work
@@ -118,14 +118,10 @@ def gold_work(case: Case) -> PairWork:
     from datasets import Dataset
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
-    from benchmarks.trl_peer import Clock, settings_of
+    from benchmarks.trl_peer import Clock, model_of, settings_of, work_of_trainer
 
     assert case.teacher is not None
     folder, teacher_folder, clock = folder_of(case.student), folder_of(case.teacher), Clock()
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-        for path in (folder, teacher_folder)
-    )
     rows = [
         {"messages": [{"role": "user", "content": problem.text}, {"role": "assistant", "content": "."}]}
         for problem in problems_of(case.repetitions * case.batch, "train")
@@ -139,19 +135,14 @@ def gold_work(case: Case) -> PairWork:
         teacher_tokenizer_name_or_path=teacher_folder,
     )
     trainer = GOLDTrainer(
-        student,
-        teacher,
+        model_of(folder),
+        model_of(teacher_folder),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         callbacks=[clock],
     )
     trainer.model.generate = clock.around(trainer.model.generate)
-
-    def steps(times: int) -> list[Figures]:
-        assert times == case.repetitions
-        trainer.train()
-        return clock.rows
 
     def held_out() -> Figures:
         trainer.teacher_model = trainer.optimizer = None  # two more models are loaded
@@ -161,4 +152,4 @@ def gold_work(case: Case) -> PairWork:
         its = translated(its_teacher, before, problems_of(HELD_OUT, "eval"))
         return {"kl_after": kl(before, its, texts)}
 
-    return PairWork(steps, held_out)
+    return PairWork(work_of_trainer(trainer, clock, case.repetitions), held_out)

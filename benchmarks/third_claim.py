@@ -9,12 +9,11 @@ of student RL or of the bridge. The teacher takes 80 steps in every cell. DIR/ta
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import interval, table
+from benchmarks.results import interval, read_report, table
 from benchmarks.ten_settings import headwater
 from headwater.report.contrasts import reading
 from headwater.report.format import count, points
@@ -93,7 +92,7 @@ def row(cell: Cell, report: dict[str, Any]) -> list[str]:
 def finished(out: Path) -> dict[Cell, dict[str, Any]]:
     """Reports of the cells in which every arm has finished."""
     paths = {cell: out / cell.folder / "report.json" for cell in CELLS}
-    reports = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in paths.items() if path.exists()}
+    reports = {cell: read_report(path) for cell, path in paths.items() if path.exists()}
     return {cell: report for cell, report in reports.items() if len(compared(report)) == len(PAIRS)}
 
 

@@ -101,6 +101,12 @@ def work_of(case: Case, root: Path) -> Work:
     else:
         trainer.model.generate = clock.around(trainer.model.generate)
 
+    return work_of_trainer(trainer, clock, steps)
+
+
+def work_of_trainer(trainer: Any, clock: Clock, steps: int) -> Work:
+    """The whole training of a trainer that takes so many steps."""
+
     def work(times: int) -> list[Figures]:
         assert times == steps
         trainer.train()
@@ -109,7 +115,7 @@ def work_of(case: Case, root: Path) -> Work:
     return work
 
 
-def model_of(folder: Path) -> Any:
+def model_of(folder: Path | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from headwater.storage.run_dir import append_jsonl
+from headwater.storage.files import append_jsonl
 
 Purpose = Literal["train", "eval", "validation", "measure", "probe"]
 """Training; evaluation; early stopping; measuring the conditions (no labels); the probe before a run."""

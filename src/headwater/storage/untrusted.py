@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.errors import HeadwaterError, UserError, error_text
-from headwater.storage.run_dir import read_checked
+from headwater.storage.files import read_checked
 
 MAX_BYTES = 4 << 30
 """Largest file of a run directory besides weights."""
