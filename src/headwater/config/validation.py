@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from headwater.config.fields import path_of, walk
+from headwater.config.fields import ANY_NAME, path_of, walk
 from headwater.errors import did_you_mean
 
 Keys = tuple[str, ...]
@@ -111,4 +111,4 @@ def _shared(path: Keys, keys: Keys) -> tuple[int, int]:
 def _matches(path: str, keys: Keys) -> bool:
     """Whether keys lead to a path of the schema, in which NAME stands for any key."""
     parts = path.split(".") if path else []
-    return len(parts) == len(keys) and all(part in (key, "NAME") for part, key in zip(parts, keys, strict=True))
+    return len(parts) == len(keys) and all(part in (key, ANY_NAME) for part, key in zip(parts, keys, strict=True))
