@@ -8,10 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headwater.losses.batch import padded_parts
+from headwater.losses.batch import pad_right, padded_parts
 from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Policy
-from headwater.models.rope import refuse_mixed_lengths
 from headwater.sampling.fast_architectures import DecoderSpec, decoder_spec
 from headwater.sampling.fast_decoder import FastDecoder
 
@@ -78,7 +77,6 @@ class CacheDecoder:
         self.batches: list[tuple[list[int], CachedBatch]] = []  # with the row of each of the batch's own rows
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         self.prompts = list(prompts)
         return max_rows
 
@@ -137,7 +135,6 @@ class RecomputeDecoder:
         self.sequences: list[tuple[int, ...]] = []
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         self.prompts, self.sequences = list(prompts), []
         return 1
 
@@ -162,10 +159,7 @@ class RecomputeDecoder:
         distinct = list(dict.fromkeys(sequences))
         hidden: dict[tuple[int, ...], Tensor] = {}
         for part in padded_parts(distinct, len, RECOMPUTED_TOKENS, self.policy.supports_padding):
-            width = max(map(len, part))
-            pad_id, device = self.policy.pad_id, self.policy.device
-            ids_BT = torch.tensor([(*ids, *(pad_id,) * (width - len(ids))) for ids in part], device=device)
-            mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in part], device=device)
-            hidden_BTH = self.policy.hidden(ids_BT, mask_BT)
+            ids_BT, mask_BT = pad_right(part, self.policy.pad_id)
+            hidden_BTH = self.policy.hidden(ids_BT.to(self.policy.device), mask_BT.to(self.policy.device))
             hidden.update({ids: hidden_BTH[row, len(ids) - 1] for row, ids in enumerate(part)})
         return torch.stack([hidden[ids] for ids in sequences])

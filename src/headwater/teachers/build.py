@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -44,21 +45,10 @@ class OffloadedTeacher:
     make_sampler: SamplerFactory
     ranks: ProcessGroup = SINGLE_PROCESS
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.policy.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        return self.policy.vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
-
-    @property
-    def shape(self) -> Shape:
-        return self.policy.shape
+    tokenizer = property(attrgetter("policy.tokenizer"))
+    vocabulary = property(attrgetter("policy.vocabulary"))
+    device = property(attrgetter("policy.device"))
+    shape = property(attrgetter("policy.shape"))
 
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
         return self.policy.pass_flops(rows, passes)
@@ -127,17 +117,9 @@ class TaggedTeachers:
     def first(self) -> SingleTeacher:
         return next(iter(self.teachers.values()))
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.first.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        return self.first.vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
+    tokenizer = property(attrgetter("first.tokenizer"))
+    vocabulary = property(attrgetter("first.vocabulary"))
+    device = property(attrgetter("first.device"))
 
     @property
     def shape(self) -> Shape:
@@ -233,9 +215,7 @@ def load_base_teacher(
             + "), so one batch cannot hold their distributions"
         )
     served = [teacher for teacher in loaded.values() if isinstance(teacher, ServedTeacher)]
-    candidates: Candidates = "teacher"
-    if served and all(uses_candidates(teacher) for teacher in served):
-        candidates = served[0].candidates
+    candidates = served[0].candidates if served and all(map(uses_candidates, served)) else "teacher"
     teachers = {
         field.removeprefix("models.teacher."): replace(teacher, candidates=candidates)
         if isinstance(teacher, ServedTeacher)
