@@ -184,8 +184,8 @@ class Gain:
     The loss compares the student with a target: its own distribution, moved (OPD², 2607.15161).
     """
 
-    parts: tuple[Distributions, Distributions]
-    """(the teacher, the model that it is compared with), over one vocabulary."""
+    parts: tuple[Distributions, ...]
+    """Two: (the teacher, the model that it is compared with), over one vocabulary."""
 
     __len__ = _length
     rows = _rows
