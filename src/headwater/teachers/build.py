@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -133,10 +134,7 @@ class TaggedTeachers:
         )
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        return self._by_tag(rollouts, lambda teacher, own: self._score(teacher, own, tokens))
-
-    def _score(self, teacher: SingleTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        scored = distributions_of(teacher, rollouts, tokens)
+        scored = self._by_tag(rollouts, lambda teacher, own: distributions_of(teacher, own, tokens))
         return [self._kept(*pair) for pair in zip(scored, rollouts, strict=True)]
 
     def _kept(self, scored: Distributions, rollout: Rollout) -> Distributions:
@@ -155,10 +153,8 @@ class TaggedTeachers:
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        def sample(teacher: SingleTeacher, own: list[Any]) -> list[Rollout]:
-            return sampler_for(teacher, self.make_sampler).sample(own, sampling, on_finished)
-
-        return self._by_tag(requests, sample)
+        samplers = partial(sampler_for, make_sampler=self.make_sampler)
+        return self._by_tag(requests, lambda teacher, own: samplers(teacher).sample(own, sampling, on_finished))
 
     def _by_tag(self, items: Sequence[Any], call: Callable[[SingleTeacher, list[Any]], Sequence[Any]]) -> list[Any]:
         """Call each teacher with the requests or rollouts of its tag; results in the order of `items`."""

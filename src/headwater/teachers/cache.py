@@ -45,14 +45,11 @@ def refuse_huge_cache(teacher: Policy | ScoringTeacher, tokens: int, top_k: int 
 
 
 def write_rollouts(folder: Path, rollouts: Sequence[Rollout]) -> None:
-    keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
-    lines = [
-        json.dumps(
-            {key: getattr(rollout, key) for key in keys}
-            | ({"teacher_ids": rollout.teacher_ids} if rollout.teacher_ids else {})
-        )
-        for rollout in rollouts
-    ]
+    names = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
+    lines = []
+    for rollout in rollouts:
+        written = (*names, "teacher_ids") if rollout.teacher_ids else names
+        lines.append(json.dumps({name: getattr(rollout, name) for name in written}))
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     fault_points.failpoint("cache.rollouts")
 
