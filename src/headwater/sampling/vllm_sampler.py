@@ -275,7 +275,10 @@ class VllmSampler:
                 prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
                 indices[engine.add_request(str(index), prompt, self._sampling_params(request, sampling))] = index
             while engine.has_unfinished_requests():
-                outputs = {int(out.request_id): out.outputs[0] for out in self._step(engine) if out.finished}
+                try:
+                    outputs = {int(out.request_id): out.outputs[0] for out in engine.step() if out.finished}
+                except Exception as error:  # some shapes are refused only by the kernels
+                    raise engine_error(self.policy, error) from None
                 finished = {index: self._rollout(requests[index], out, sampling) for index, out in outputs.items()}
                 rollouts.update(finished)
                 if on_finished is not None:
@@ -285,13 +288,6 @@ class VllmSampler:
             if left:  # an exception came first: the requests must not be in the next batch
                 engine.abort_request(left, internal=True)
         return [rollouts[index] for index in range(len(requests))]
-
-    def _step(self, engine: Any) -> list[Any]:
-        try:
-            outputs: list[Any] = engine.step()
-        except Exception as error:  # some shapes are refused only by the kernels
-            raise engine_error(self.policy, error) from None
-        return outputs
 
     def _sampling_params(self, request: Request, sampling: Sampling) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
