@@ -72,7 +72,7 @@ class CacheDecoder:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.pads = policy, policy.decoding == "left_padded"
+        self.policy, self.logits, self.pads = policy, policy.logits, policy.decoding == "left_padded"
         self.prompts: list[tuple[int, ...]] = []
         self.batches: list[tuple[list[int], CachedBatch]] = []  # with the row of each of the batch's own rows
 
@@ -114,9 +114,6 @@ class CacheDecoder:
                 batches.append(([new for new, _ in kept], batch))
         self.batches = batches
 
-    def logits(self, hidden_AH: Tensor) -> Tensor:
-        return self.policy.logits(hidden_AH)
-
     def _in_row_order(self, hidden: Sequence[Tensor]) -> Tensor:
         """The rows of all batches (A, H); those of a single batch are in order already."""
         if len(hidden) == 1:
@@ -130,7 +127,7 @@ class RecomputeDecoder:
     """Any causal LM, without a cache: each step runs every sequence from its start. Slow, for models without a usable cache."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.logits = policy, policy.logits
         self.prompts: list[tuple[int, ...]] = []
         self.sequences: list[tuple[int, ...]] = []
 
@@ -150,9 +147,6 @@ class RecomputeDecoder:
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.sequences = [self.sequences[row] for row in rows]
-
-    def logits(self, hidden_AH: Tensor) -> Tensor:
-        return self.policy.logits(hidden_AH)
 
     def _last_hidden(self, sequences: Sequence[tuple[int, ...]]) -> Tensor:
         """Hidden states (A, H) at the sequences' last tokens."""
