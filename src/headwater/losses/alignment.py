@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise, starmap
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,8 @@ class Spans:
 
     def pairs(self) -> list[tuple[range, range]]:
         """Tokens of each span in the two sequences. Example: ends (1, 3) and (2, 3): [(0…0, 0…1), (1…2, 2…2)]."""
-        return list(zip(_ranges(self.first_ends), _ranges(self.second_ends), strict=True))
-
-
-def _ranges(ends: tuple[int, ...]) -> list[range]:
-    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+        first, second = (starmap(range, pairwise((0, *ends))) for ends in (self.first_ends, self.second_ends))
+        return list(zip(first, second, strict=True))
 
 
 def align(first: Sequence[bytes], second: Sequence[bytes]) -> Spans:

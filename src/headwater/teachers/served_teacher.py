@@ -126,11 +126,8 @@ class ServedTeacher:
 
     def _choices(self, body: Answer, count: int, entries: int) -> list[Answer]:
         choices = self.model.client.request("/v1/completions", body, entries).get("choices")
-        if (
-            not isinstance(choices, list)
-            or len(choices) != count
-            or not all(isinstance(choice, dict) for choice in choices)
-        ):
+        are_objects = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+        if not are_objects or len(choices) != count:
             raise self._error(f"does not give {count} choices for {count} prompts")
         places = [choice.get("index", place) for place, choice in enumerate(choices)]
         if not all(map(is_token_id, places)) or sorted(places) != list(range(count)):
