@@ -19,6 +19,9 @@ Turn = tuple[str, str]
 IdsNK = npt.NDArray[np.int32]
 """k token ids at each of N tokens."""
 
+RolloutKey = tuple[str, int]
+"""(problem id, sample): names one rollout of a step."""
+
 _SPACES = re.compile(r"\s+")
 # Copies of one problem differ in spaces ("$2x$" and "$2 x$"), but "1 2" is not "12".
 _INSIGNIFICANT_SPACE = re.compile(r"(?<!\d) | (?!\d)")
@@ -150,6 +153,10 @@ class Rollout:
     temperature: float = 1.0
     teacher_ids: tuple[int, ...] = ()
     candidates: IdsNK | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.problem_id, self.sample
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Rollout:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, starmap
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,8 @@ class Spans:
 
     def pairs(self) -> list[tuple[range, range]]:
         """Tokens of each span in the two sequences. Example: ends (1, 3) and (2, 3): [(0…0, 0…1), (1…2, 2…2)]."""
-        return list(zip(_ranges(self.first_ends), _ranges(self.second_ends), strict=True))
-
-
-def _ranges(ends: tuple[int, ...]) -> list[range]:
-    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+        first, second = (starmap(range, pairwise((0, *ends))) for ends in (self.first_ends, self.second_ends))
+        return list(zip(first, second, strict=True))
 
 
 def align(first: Sequence[bytes], second: Sequence[bytes]) -> Spans:
@@ -39,34 +37,20 @@ def align(first: Sequence[bytes], second: Sequence[bytes]) -> Spans:
     Example: `ab`, `c` and `a`, `b`, `c` give the spans (ab | a b) and (c | c).
     """
     agreed = common_prefix(b"".join(first), b"".join(second))
-    first_offsets, second_offsets = _end_offsets(first), _end_offsets(second)
-    first_ends: list[int] = []
-    second_ends: list[int] = []
-    j = 0
-    for i, offset in enumerate(first_offsets):
-        if offset > agreed:
-            break
-        while j < len(second_offsets) and second_offsets[j] < offset:
-            j += 1
-        if j == len(second_offsets) or second_offsets[j] != offset:
-            continue
-        if offset and (not first_ends or first_offsets[first_ends[-1] - 1] != offset):
-            first_ends.append(i + 1)
-            second_ends.append(j + 1)
-    if first_ends and first_offsets[-1] == first_offsets[first_ends[-1] - 1]:  # tokens without bytes at the end
-        first_ends[-1] = len(first)
-    if second_ends and second_offsets[-1] == second_offsets[second_ends[-1] - 1]:
-        second_ends[-1] = len(second)
-    return Spans(tuple(first_ends), tuple(second_ends))
+    first_ends, second_ends = _ends(first), _ends(second)
+    shared = [offset for offset in first_ends if 0 < offset <= agreed and offset in second_ends]
+    for pieces, ends in ((first, first_ends), (second, second_ends)):
+        if shared and shared[-1] == max(ends):  # tokens without bytes at the end
+            ends[shared[-1]] = len(pieces)
+    return Spans(tuple(first_ends[offset] for offset in shared), tuple(second_ends[offset] for offset in shared))
 
 
-def _end_offsets(pieces: Iterable[bytes]) -> list[int]:
-    """Byte offset at which each token ends."""
-    offsets, total = [], 0
-    for piece in pieces:
-        total += len(piece)
-        offsets.append(total)
-    return offsets
+def _ends(pieces: Sequence[bytes]) -> dict[int, int]:
+    """Byte offset -> how many tokens there are up to the first that ends there, in ascending order."""
+    ends: dict[int, int] = {}
+    for count, offset in enumerate(accumulate(map(len, pieces)), start=1):
+        ends.setdefault(offset, count)
+    return ends
 
 
 def common_prefix(a: bytes, b: bytes) -> int:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from headwater.devices import to_device
 from headwater.losses.distributions import Distributions, concatenate
@@ -87,17 +89,18 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
     Example: prompt (5, 6), completion (7, 2) gives ids (5, 6, 7, 2), targets (7, 2) and predictors at positions 1, 2.
     """
     sequences = [row.rollout.prompt_ids + row.rollout.completion_ids for row in rows]
-    width = max(len(sequence) for sequence in sequences)
-    ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
-    predictors = []
-    for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
-        ids_BT[index, : len(sequence)] = torch.tensor(sequence)
-        mask_BT[index, : len(sequence)] = 1
-        start = index * width + len(row.rollout.prompt_ids) - 1
-        predictors.append(torch.arange(start, start + row.tokens))
+    ids_BT, mask_BT = pad_right(sequences, pad_id)
+    starts = [index * ids_BT.shape[1] + len(row.rollout.prompt_ids) - 1 for index, row in enumerate(rows)]
+    predictors = [torch.arange(start, start + row.tokens) for row, start in zip(rows, starts, strict=True)]
     ids_BT, mask_BT, predictor_N = (to_device(part, device) for part in (ids_BT, mask_BT, torch.cat(predictors)))
     return _batch(rows, ids_BT, mask_BT, None, predictor_N)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), padded on the right, and their mask: 1 for real tokens."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    padded = partial(pad_sequence, batch_first=True)
+    return padded(rows, padding_value=pad_id), padded([torch.ones_like(row) for row in rows])
 
 
 def collate_packed(rows: Sequence[Row], device: torch.device) -> Batch:
@@ -148,7 +151,7 @@ def microbatches(rows: Sequence[Row], tokens: int, pads: bool = True) -> Iterato
 
     pads  whether rows of different lengths may be in one part
     """
-    yield from padded_parts(rows, lambda row: len(row.rollout.prompt_ids) + row.tokens, tokens, pads)
+    return padded_parts(rows, lambda row: len(row.rollout.prompt_ids) + row.tokens, tokens, pads)
 
 
 def padded_parts(items: Sequence[T], length: Callable[[T], int], tokens: int, pads: bool) -> Iterator[list[T]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from headwater.losses import per_token
+from headwater.losses import per_token, token_losses
 from headwater.losses.comparison import Comparison, Student
-from headwater.losses.materialized import GROUP_FLOOR, Exact, ExactGain, Grouped, Sorted, TopK
-from headwater.losses.output_head import Head, LinearHead, logp_dtype
+from headwater.losses.materialized import GROUP_FLOOR, Exact, Grouped, Sorted, TopK
+from headwater.losses.output_head import Head, LinearHead, log_probs, logp_dtype
 from headwater.losses.token_losses import Divergence
 
 
@@ -40,8 +40,13 @@ class Known(Distributions, Protocol):
         """Compare a student with these distributions. `gradient` asks for that of the divergence by the student's logits."""
         ...
 
-    def token_logp(self, targets_N: Tensor) -> Tensor | None:
-        """The teacher's log-prob of each target token (N,); None where the form holds none."""
+
+@runtime_checkable
+class HoldsTokens(Protocol):
+    """A materialized form that holds log-probs of single tokens."""
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
         ...
 
 
@@ -112,8 +117,23 @@ class FromLogits:
     concatenate = per_token.concatenate
 
     def materialize(self) -> Exact:
-        wide_NV = self.logits_NV.to(logp_dtype(self.logits_NV.dtype))
-        return Exact(torch.log_softmax(wide_NV if self.temperature == 1.0 else wide_NV / self.temperature, dim=-1))
+        return Exact(log_probs(self.logits_NV, self.temperature))
+
+
+P = TypeVar("P", bound="Composed | Gain")
+
+
+def _length(form: Composed | Gain) -> int:
+    return len(form.parts[0])
+
+
+def _rows(form: P, start: int, stop: int) -> P:
+    return replace(form, parts=tuple(part.rows(start, stop) for part in form.parts))
+
+
+def _concatenate(form: P, others: Sequence[P], device: torch.device | None) -> P:
+    by_model = zip(form.parts, *(other.parts for other in others), strict=True)
+    return replace(form, parts=tuple(concatenate(model, device) for model in by_model))
 
 
 @dataclass(frozen=True)
@@ -132,15 +152,9 @@ class Composed:
     """All over one vocabulary, and those stored as hidden states in one dtype."""
     weights: tuple[float, ...]
 
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def rows(self, start: int, stop: int) -> Composed:
-        return Composed(tuple(part.rows(start, stop) for part in self.parts), self.weights)
-
-    def concatenate(self, others: Sequence[Composed], device: torch.device | None) -> Composed:
-        by_model = zip(self.parts, *(other.parts for other in others), strict=True)
-        return Composed(tuple(concatenate(model, device) for model in by_model), self.weights)
+    __len__ = _length
+    rows = _rows
+    concatenate = _concatenate
 
     def materialize(self) -> Exact:
         return self.with_logits().materialize()
@@ -167,27 +181,21 @@ class Composed:
 class Gain:
     """The gain of one exact distribution over another, which a student follows where that also brings it closer to the first.
 
-    It materializes to `ExactGain`, whose target is the student's own distribution, moved (OPD², 2607.15161).
+    The loss compares the student with a target: its own distribution, moved (OPD², 2607.15161).
     """
 
-    parts: tuple[Distributions, Distributions]
-    """(the teacher, the model that it is compared with), over one vocabulary."""
+    parts: tuple[Distributions, ...]
+    """Two: (the teacher, the model that it is compared with), over one vocabulary."""
 
-    def __len__(self) -> int:
-        return len(self.parts[0])
+    __len__ = _length
+    rows = _rows
+    concatenate = _concatenate
 
-    def rows(self, start: int, stop: int) -> Gain:
-        return Gain((self.parts[0].rows(start, stop), self.parts[1].rows(start, stop)))
-
-    def concatenate(self, others: Sequence[Gain], device: torch.device | None) -> Gain:
-        teacher, base = (concatenate([part.parts[model] for part in (self, *others)], device) for model in (0, 1))
-        return Gain((teacher, base))
-
-    def materialize(self) -> ExactGain:
+    def materialize(self) -> Gain:
         teacher, base = (part.materialize() for part in self.parts)
         if not (isinstance(teacher, Exact) and isinstance(base, Exact)):
             raise ValueError("a gain needs whole distributions, and a part holds only its top-k tokens")
-        return ExactGain(teacher, base)
+        return Gain((teacher, base))
 
     def buffer(self, tokens: int) -> Tensor | None:
         """Of the teacher's logits; those of the other model get their own."""
@@ -196,6 +204,30 @@ class Gain:
     @torch.no_grad()
     def with_logits(self, buffer_CV: Tensor | None = None) -> Gain:
         return Gain((with_logits(self.parts[0], buffer_CV), with_logits(self.parts[1], None)))
+
+    @property
+    def teacher(self) -> Exact:
+        """The teacher's part of a materialized gain."""
+        assert isinstance(self.parts[0], Exact)
+        return self.parts[0]
+
+    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
+        """The divergence is that from the target; the KLs are those to the teacher."""
+        compared = self.teacher.compare(student, None, gradient)
+        if divergence is None:
+            return compared
+        moved = Exact(self.target(student.logp_NV)).compare(student, divergence, gradient)
+        return replace(compared, divergence_N=moved.divergence_N, gradient=moved.gradient)
+
+    def target(self, student_logp_NV: Tensor) -> Tensor:
+        """Log-probs (N, V) of `token_losses.gain_target`."""
+        teacher, base = self.parts
+        assert isinstance(teacher, Exact) and isinstance(base, Exact)
+        return token_losses.gain_target(student_logp_NV, teacher.logp_NV, base.logp_NV)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
+        return self.teacher.token_logp(targets_N)
 
 
 def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
@@ -290,23 +322,18 @@ class Aligned:
 
     def _by_tokens(self) -> list[tuple[TokenGroups, Tensor]]:
         """The rows of each set of tokens."""
-        rows: dict[int, list[int]] = {}
-        sets = {id(tokens): tokens for tokens in self.tokens_N if tokens is not None}
+        rows: dict[int, tuple[TokenGroups, list[int]]] = {}
         for row, tokens in enumerate(self.tokens_N):
             if tokens is not None:
-                rows.setdefault(id(tokens), []).append(row)
-        return [(sets[key], torch.tensor(chosen, device=self.state_N.device)) for key, chosen in rows.items()]
+                rows.setdefault(id(tokens), (tokens, []))[1].append(row)
+        return [(tokens, torch.tensor(chosen, device=self.state_N.device)) for tokens, chosen in rows.values()]
 
 
 def select_rows(distributions: Distributions, index_N: Tensor) -> Distributions:
     """Rows of a teacher's distributions by index, repeated or left out."""
-    if isinstance(distributions, FromHidden):
-        return FromHidden(distributions.hidden_NH[index_N], distributions.head, distributions.temperature)
-    known = distributions.materialize()
-    if isinstance(known, TopK):
-        return TopK(known.ids_NK[index_N], known.logp_NK[index_N])
-    assert isinstance(known, Exact)
-    return Exact(known.logp_NV[index_N])
+    chosen = distributions if isinstance(distributions, FromHidden) else distributions.materialize()
+    assert isinstance(chosen, (FromHidden, TopK, Exact))
+    return per_token.select_rows(chosen, index_N)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from headwater.kernels import Kernels, kernels
 from headwater.losses import token_losses
 from headwater.losses.comparison import Comparison, Student
 from headwater.losses.distributions import FromLogits, logits_buffer, with_logits
-from headwater.losses.output_head import LinearHead, logp_dtype
+from headwater.losses.output_head import LinearHead, log_probs, logp_dtype
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -144,7 +144,7 @@ def _run(
                     loss += block_loss
             if gradients is not None:
                 gradients.add(slice(start, stop), logits_CV, hidden_CH, weight_VH)
-    return loss, TokenStats.concatenate(parts)
+    return loss, parts[0].concatenate(parts[1:], None)
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ class _Block:
         if self.fast is not None and _fits_kernels(self.inputs):
             return self._run_kernels(self.fast, logits_RV, train)
         inputs = self.inputs
-        wide_RV = logits_RV.to(logp_dtype(logits_RV.dtype))
-        logp_RV = torch.log_softmax(wide_RV / inputs.temperature if inputs.temperature != 1.0 else wide_RV, dim=-1)
+        logp_RV = log_probs(logits_RV, inputs.temperature)
         p_RV, targets_R1 = logp_RV.exp(), inputs.targets_N[:, None]
         logp_R = logp_RV.gather(1, targets_R1).squeeze(1)
         compared = inputs.compare(Student(logp_RV, logp_R, p_RV), gradient=train)

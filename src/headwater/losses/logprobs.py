@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from headwater.losses import fused_linear
 from headwater.losses.comparison import Student
 from headwater.losses.fused_linear import FusedPass, TokenLoss
-from headwater.losses.output_head import Head, LinearHead, logp_dtype
+from headwater.losses.output_head import Head, LinearHead, log_probs
+from headwater.losses.token_losses import entropy
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 
@@ -60,7 +61,8 @@ def token_stats(hidden_NH: Tensor, head: Head, inputs: TokenInputs, chunk_elemen
         stop = min(count, start + size)
         chunk = hidden_NH[start:stop], head, inputs.rows(start, stop)
         parts.append(checkpoint(_chunk_stats, *chunk, use_reentrant=False) if recompute else _chunk_stats(*chunk))
-    return TokenStats.concatenate([TokenStats(*part) for part in parts])
+    first, *others = (TokenStats(*part) for part in parts)
+    return first.concatenate(others, None)
 
 
 def _fused_pass(
@@ -81,11 +83,9 @@ def _kind(device: torch.device) -> str:
 
 def _chunk_stats(hidden_NH: Tensor, head: Head, inputs: TokenInputs) -> tuple[Any, ...]:
     """The fields of `TokenStats`: checkpointing handles tuples of tensors only."""
-    logits_NV = head(hidden_NH)
-    logp_NV = torch.log_softmax(logits_NV.to(logp_dtype(logits_NV.dtype)) / inputs.temperature, dim=-1)
+    logp_NV = log_probs(head(hidden_NH), inputs.temperature)
     logp_N = logp_NV.gather(1, inputs.targets_N[:, None]).squeeze(1)
     with torch.no_grad():
-        # A token of log-prob −inf has probability 0 and adds 0, not NaN.
-        entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(-1e30)).sum(dim=-1)
+        entropy_N = entropy(logp_NV)
     compared = inputs.compare(Student(logp_NV, logp_N), gradient=False)
     return tuple(vars(TokenStats.of(logp_N, entropy_N, compared)).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,69 +56,6 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class ExactGain:
-    """Log-probs (N, V) of a teacher, and of the model that its gain is measured over."""
-
-    teacher: Exact
-    base: Exact
-
-    def __len__(self) -> int:
-        return len(self.teacher)
-
-    def rows(self, start: int, stop: int) -> ExactGain:
-        return ExactGain(self.teacher.rows(start, stop), self.base.rows(start, stop))
-
-    def concatenate(self, others: Sequence[ExactGain], device: torch.device | None) -> ExactGain:
-        teacher = self.teacher.concatenate([part.teacher for part in others], device)
-        return ExactGain(teacher, self.base.concatenate([part.base for part in others], device))
-
-    def materialize(self) -> ExactGain:
-        return self
-
-    def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
-        """The divergence is that from the target; the KLs are those to the teacher."""
-        compared = self.teacher.compare(student, None, gradient)
-        if divergence is None:
-            return compared
-        target_NV = self.target(student.logp_NV)
-        if not gradient:
-            return replace(compared, divergence_N=divergence(student.logp_NV, target_NV))
-        assert student.p_NV is not None
-        divergence_N, by_logits = divergence.closed_form(Pair.of(student.logp_NV, student.p_NV, target_NV))
-        return replace(compared, divergence_N=divergence_N, gradient=by_logits)
-
-    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of the student and of its target over the same events, both (N, E)."""
-        return student_logp_NV, self.target(student_logp_NV)
-
-    @torch.no_grad()
-    def target(self, student_logp_NV: Tensor) -> Tensor:
-        """Log-probs (N, V) of T̂ ∝ S · exp(g): the student's distribution S moved by the gated gain g, without gradient.
-
-        With A^Δ = log T − log T₀ and A = log T − log S, each minus its mean under S, g is A^Δ where both have the same sign and 0
-        elsewhere. The gradient of KL(S ‖ T̂) at a constant T̂ is p_S(j) · (Σ_v p_S(v) g(v) − g(j)): the expectation over S of the
-        policy gradient with advantage g, without sampling noise (OPD², 2607.15161; there the mean is over the top 1,024 tokens).
-
-        Example: S = (½, ½), T = (¾, ¼), T₀ = (¼, ¾) give A^Δ = ±1.0986 and A = ±0.5493, so T̂ ∝ (½ · 3, ½ / 3) = (0.9, 0.1).
-        """
-        student_NV, teacher_NV, base_NV = (
-            logp_NV.to(student_logp_NV).clamp_min(LOWEST)
-            for logp_NV in (student_logp_NV, self.teacher.logp_NV, self.base.logp_NV)
-        )
-        p_NV = student_NV.exp()
-        gain_NV, distance_NV = (
-            ratio_NV - torch.linalg.vecdot(p_NV, ratio_NV)[:, None]
-            for ratio_NV in (teacher_NV - base_NV, teacher_NV - student_NV)
-        )
-        gated_NV = torch.where(gain_NV * distance_NV > 0.0, gain_NV, torch.zeros_like(gain_NV))
-        return torch.log_softmax(student_NV + gated_NV, dim=-1)
-
-    def token_logp(self, targets_N: Tensor) -> Tensor:
-        """The teacher's log-prob of each target token (N,)."""
-        return self.teacher.token_logp(targets_N)
-
-
-@dataclass(frozen=True)
 class TopK:
     """The k most probable tokens, and one further event, the tail, for all others.
 
@@ -139,9 +75,7 @@ class TopK:
     __len__ = per_token.length
     rows = per_token.rows
     concatenate = per_token.concatenate
-
-    def materialize(self) -> TopK:
-        return self
+    materialize = per_token.itself
 
     def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
         if self.group_V is not None or divergence is None or not gradient:
@@ -210,9 +144,7 @@ class Sorted:
     __len__ = per_token.length
     rows = per_token.rows
     concatenate = per_token.concatenate
-
-    def materialize(self) -> Sorted:
-        return self
+    materialize = per_token.itself
 
     def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
         """The divergence alone: a KL between ranks is none between tokens."""
@@ -229,9 +161,6 @@ class Sorted:
             for logp_NV in (student_logp_NV, self.logp_NV.to(student_logp_NV))
         )
         return student_NE, teacher_NE
-
-    def token_logp(self, targets_N: Tensor) -> None:
-        """None: the tokens of the probabilities are not known."""
 
 
 @dataclass(frozen=True)
@@ -250,9 +179,7 @@ class Grouped:
     __len__ = per_token.length
     rows = per_token.rows
     concatenate = per_token.concatenate
-
-    def materialize(self) -> Grouped:
-        return self
+    materialize = per_token.itself
 
     def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
         return by_autograd(lambda logp_NV: compare_events(*self.align(logp_NV), divergence), student, gradient)
@@ -266,9 +193,6 @@ class Grouped:
         """Keep the k most probable groups and merge the others into the tail."""
         kept = self.logp_NE.topk(min(k, self.logp_NE.shape[1]), dim=-1)
         return TopK(kept.indices, kept.values, self.compared_N * kept.values.shape[1], self.group_V)
-
-    def token_logp(self, targets_N: Tensor) -> None:
-        """None: only the sums of groups are known."""
 
 
 @dataclass(frozen=True)
@@ -311,9 +235,7 @@ class SpanLogp:
     __len__ = per_token.length
     rows = per_token.rows
     concatenate = per_token.concatenate
-
-    def materialize(self) -> SpanLogp:
-        return self
+    materialize = per_token.itself
 
     def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
         """Sampled reverse KL, and the teacher's log-prob as `token_losses.sampled_reverse_kl` reads it, without gradient.
@@ -324,9 +246,6 @@ class SpanLogp:
         teacher_logp_N = torch.where(compared_N, self.logp_N.to(student_logp_N), student_logp_N)
         kl_N = (student_logp_N - teacher_logp_N) / self.size_N.clamp_min(1)
         return Comparison(kl_student_teacher_N=kl_N, teacher_logp_N=teacher_logp_N)
-
-    def token_logp(self, targets_N: Tensor) -> None:
-        """None: a span's log-prob is at a token only next to the student's own."""
 
 
 TAIL_FLOOR = 1e-7

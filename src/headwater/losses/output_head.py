@@ -20,6 +20,12 @@ def logp_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probs of logits at a temperature, in `logp_dtype`."""
+    wide = logits.to(logp_dtype(logits.dtype))
+    return torch.log_softmax(wide if temperature == 1.0 else wide / temperature, dim=-1)
+
+
 @dataclass(frozen=True)
 class LinearHead:
     """A linear head, logits = hidden · Wᵀ + b, computed in `dtype`. Its weights are exposed to `fused_linear`."""

@@ -65,23 +65,17 @@ def pack(sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], device: t
     positions: list[int] = []
     prompt_start: dict[tuple[int, ...], int] = {}
     starts: list[int] = []
+    rows: list[Tensor] = []
     for prompt, completion in sequences:
         if prompt not in prompt_start:
             prompt_start[prompt] = len(ids)
             ids += prompt
             positions += range(len(prompt))
-        starts.append(len(ids))
+        first, start = prompt_start[prompt], len(ids)
         ids += completion
         positions += range(len(prompt), len(prompt) + len(completion))
-    rows = [
-        torch.cat(
-            [
-                torch.arange(prompt_start[prompt], prompt_start[prompt] + len(prompt)),
-                torch.arange(start, start + len(completion)),
-            ]
-        )
-        for (prompt, completion), start in zip(sequences, starts, strict=True)
-    ]
+        starts.append(start)
+        rows.append(torch.cat([torch.arange(first, first + len(prompt)), torch.arange(start, len(ids))]))
     to_blocks, from_blocks, blocks, offset = [], torch.empty(len(ids), dtype=torch.long), [], 0
     for members in group_by_length([len(row) for row in rows]):
         width = len(rows[members[-1]])

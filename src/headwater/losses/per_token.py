@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -24,12 +25,25 @@ def length(form: object) -> int:
 
 
 def rows(form: T, start: int, stop: int) -> T:
-    return replace(form, **{name: value[start:stop] for name, value in _fields(form).items()})  # type: ignore[type-var]
+    return select_rows(form, slice(start, stop))
+
+
+def select_rows(form: T, index: slice | Tensor) -> T:
+    return replace(form, **{name: value[index] for name, value in _fields(form).items()})  # type: ignore[type-var]
 
 
 def concatenate(form: T, others: Sequence[T], device: torch.device | None) -> T:
     """The rows of this value and of others that share its other fields, on a device; None: on theirs."""
     columns = {name: [value, *(vars(other)[name] for other in others)] for name, value in _fields(form).items()}
-    joined = {name: torch.cat(parts).to(device) for name, parts in columns.items()}
-    shared = {name: value.to(device) for name, value in vars(form).items() if isinstance(value, torch.Tensor)}
-    return replace(form, **shared | joined)  # type: ignore[type-var]
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    return to_device(replace(form, **joined), device)  # type: ignore[type-var]
+
+
+def to_device(form: T, device: torch.device | None) -> T:
+    moved = {name: value.to(device) for name, value in vars(form).items() if isinstance(value, Tensor)}
+    return replace(form, **moved)  # type: ignore[type-var]
+
+
+def itself(form: T) -> T:
+    """`materialize` of a form that holds log-probs."""
+    return form

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def jsd(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor
 
     Example: β = ½, student (¼, ¾), teacher (½, ½): M = (⅜, ⅝); ½·0.0323 + ½·0.0354 = 0.0338.
     """
-    mixture_NE = _mixture(student_logp_NE, teacher_logp_NE, beta)
+    mixture_NE = _mixture(student_logp_NE.clamp_min(LOWEST), teacher_logp_NE.clamp_min(LOWEST), beta)
     return beta * forward_kl(mixture_NE, teacher_logp_NE) + (1.0 - beta) * forward_kl(mixture_NE, student_logp_NE)
 
 
@@ -90,7 +91,8 @@ def skewed_reverse_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: fl
 
     Example: β = ½, student (1, 0), teacher (0, 1): the mixture is (½, ½), and the divergence ln 2.
     """
-    return reverse_kl(student_logp_NE, _mixture(student_logp_NE, teacher_logp_NE, beta))
+    mixture_NE = _mixture(student_logp_NE.clamp_min(LOWEST), teacher_logp_NE.clamp_min(LOWEST), beta)
+    return reverse_kl(student_logp_NE, mixture_NE)
 
 
 def entropy_aware_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, above: float) -> Tensor:
@@ -116,6 +118,30 @@ def sorted_difference(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tenso
     Example: student (¾, ¼), teacher (½, ½): ¼ + ¼ = ½.
     """
     return (student_logp_NE.exp() - teacher_logp_NE.exp()).abs().sum(dim=-1)
+
+
+@torch.no_grad()
+def gain_target(student_logp_NV: Tensor, teacher_logp_NV: Tensor, base_logp_NV: Tensor) -> Tensor:
+    """Log-probs of T̂ ∝ S · exp(g): the student's distribution S moved by the gated gain g of T over T₀, without gradient.
+
+    With A^Δ = log T − log T₀ and A = log T − log S, each minus its mean under S, g is A^Δ where both have the same sign and 0
+    elsewhere. The gradient of KL(S ‖ T̂) at a constant T̂ is p_S(j) · (Σ_v p_S(v) g(v) − g(j)): the expectation over S of the
+    policy gradient with advantage g, without sampling noise (OPD², 2607.15161; there the mean is over the top 1,024 tokens).
+
+    Shapes: all (N, V) -> (N, V).
+
+    Example: S = (½, ½), T = (¾, ¼), T₀ = (¼, ¾) give A^Δ = ±1.0986 and A = ±0.5493, so T̂ ∝ (½ · 3, ½ / 3) = (0.9, 0.1).
+    """
+    student_NV, teacher_NV, base_NV = (
+        logp_NV.to(student_logp_NV).clamp_min(LOWEST) for logp_NV in (student_logp_NV, teacher_logp_NV, base_logp_NV)
+    )
+    p_NV = student_NV.exp()
+    gain_NV, distance_NV = (
+        ratio_NV - torch.linalg.vecdot(p_NV, ratio_NV)[:, None]
+        for ratio_NV in (teacher_NV - base_NV, teacher_NV - student_NV)
+    )
+    gated_NV = torch.where(gain_NV * distance_NV > 0.0, gain_NV, torch.zeros_like(gain_NV))
+    return torch.log_softmax(student_NV + gated_NV, dim=-1)
 
 
 def sampled_reverse_kl(
@@ -189,11 +215,7 @@ class Divergence:
 
 def _reverse_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
     """d KL(S ‖ T) / d logit_j = p_S(j) · (log p_S(j) − log p_T(j) − KL(S ‖ T))."""
-
-    def gradient(outer_N1: Tensor) -> Tensor:
-        return (pair.log_ratio_NE - pair.reverse_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1)
-
-    return pair.reverse_N, gradient
+    return pair.reverse_N, _weighted_deviation(pair.student_p_NE, pair.log_ratio_NE, pair.reverse_N)
 
 
 def _forward_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
@@ -203,29 +225,21 @@ def _forward_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
 
 def _jsd_closed_form(pair: Pair, beta: float) -> tuple[Tensor, LogitGradient]:
     """d JSD / d logit_j = (1−β) · p_S(j) · (log p_S(j) − log M(j) − KL(S ‖ M)); the terms by M itself cancel."""
-    mixture_NE = torch.logaddexp(pair.teacher_logp_NE + math.log(beta), pair.student_logp_NE + math.log1p(-beta))
+    mixture_NE = _mixture(pair.student_logp_NE, pair.teacher_logp_NE, beta)
     student_ratio_NE = pair.student_logp_NE - mixture_NE
     student_N = torch.linalg.vecdot(pair.student_p_NE, student_ratio_NE)
     teacher_N = torch.linalg.vecdot(pair.teacher_p_NE, mixture_NE.neg_().add_(pair.teacher_logp_NE))
-
-    def gradient(outer_N1: Tensor) -> Tensor:
-        return (student_ratio_NE - student_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1 * (1.0 - beta))
-
-    return beta * teacher_N + (1.0 - beta) * student_N, gradient
+    gradient = _weighted_deviation(pair.student_p_NE, student_ratio_NE, student_N)
+    return beta * teacher_N + (1.0 - beta) * student_N, lambda outer_N1: gradient(outer_N1 * (1.0 - beta))
 
 
 def _skewed_closed_form(pair: Pair, beta: float) -> tuple[Tensor, LogitGradient]:
     """d KL(S ‖ M) / d logit_j = p_S(j) · (a_j − Σ_i p_S(i) a_i), with a = log p_S − log M − (1−β) p_S / M."""
-    mixture_NE = torch.logaddexp(pair.teacher_logp_NE + math.log(beta), pair.student_logp_NE + math.log1p(-beta))
-    ratio_NE = pair.student_logp_NE - mixture_NE
+    ratio_NE = pair.student_logp_NE - _mixture(pair.student_logp_NE, pair.teacher_logp_NE, beta)
     value_N = torch.linalg.vecdot(pair.student_p_NE, ratio_NE)
-
-    def gradient(outer_N1: Tensor) -> Tensor:
-        by_p_NE = ratio_NE - (1.0 - beta) * ratio_NE.exp()
-        mean_N1 = torch.linalg.vecdot(pair.student_p_NE, by_p_NE)[:, None]
-        return by_p_NE.sub_(mean_N1).mul_(pair.student_p_NE).mul_(outer_N1)
-
-    return value_N, gradient
+    by_p_NE = ratio_NE - (1.0 - beta) * ratio_NE.exp()
+    mean_N = torch.linalg.vecdot(pair.student_p_NE, by_p_NE)
+    return value_N, _weighted_deviation(pair.student_p_NE, by_p_NE, mean_N)
 
 
 def _entropy_aware_closed_form(pair: Pair, above: float) -> tuple[Tensor, LogitGradient]:
@@ -241,12 +255,13 @@ def _sorted_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
     """d ULD / d logit_j = p_S(j) · (sign_j − Σ_i p_S(i) sign_i), with sign the sign of p_S − p_T at each rank."""
     difference_NE = pair.student_p_NE - pair.teacher_p_NE
     sign_NE = difference_NE.sign()
+    mean_N = torch.linalg.vecdot(pair.student_p_NE, sign_NE)
+    return difference_NE.abs().sum(dim=-1), _weighted_deviation(pair.student_p_NE, sign_NE, mean_N)
 
-    def gradient(outer_N1: Tensor) -> Tensor:
-        mean_N1 = torch.linalg.vecdot(pair.student_p_NE, sign_NE)[:, None]
-        return (sign_NE - mean_N1).mul_(pair.student_p_NE).mul_(outer_N1)
 
-    return difference_NE.abs().sum(dim=-1), gradient
+def _weighted_deviation(p_NE: Tensor, value_NE: Tensor, mean_N: Tensor) -> LogitGradient:
+    """p_j · (a_j − Σ_i p_i a_i) times the outer derivative: the gradient by the logits of p where that by p_j is a_j."""
+    return lambda outer_N1: (value_NE - mean_N[:, None]).mul_(p_NE).mul_(outer_N1)
 
 
 REVERSE = Divergence(reverse_kl, _reverse_closed_form)
@@ -256,26 +271,17 @@ SORTED = Divergence(sorted_difference, _sorted_closed_form)
 
 def jensen_shannon(beta: float) -> Divergence:
     """`jsd` at a fixed β, the teacher's share of the mixture."""
-    return Divergence(
-        lambda student_logp_NE, teacher_logp_NE: jsd(student_logp_NE, teacher_logp_NE, beta),
-        lambda pair: _jsd_closed_form(pair, beta),
-    )
+    return Divergence(partial(jsd, beta=beta), partial(_jsd_closed_form, beta=beta))
 
 
 def skewed(beta: float) -> Divergence:
     """`skewed_reverse_kl` at a fixed β, the teacher's share of the mixture."""
-    return Divergence(
-        lambda student_logp_NE, teacher_logp_NE: skewed_reverse_kl(student_logp_NE, teacher_logp_NE, beta),
-        lambda pair: _skewed_closed_form(pair, beta),
-    )
+    return Divergence(partial(skewed_reverse_kl, beta=beta), partial(_skewed_closed_form, beta=beta))
 
 
 def entropy_aware(above: float) -> Divergence:
     """`entropy_aware_kl` at a fixed threshold in nats."""
-    return Divergence(
-        lambda student_logp_NE, teacher_logp_NE: entropy_aware_kl(student_logp_NE, teacher_logp_NE, above),
-        lambda pair: _entropy_aware_closed_form(pair, above),
-    )
+    return Divergence(partial(entropy_aware_kl, above=above), partial(_entropy_aware_closed_form, above=above))
 
 
 def entropy(logp_NE: Tensor) -> Tensor:
@@ -284,11 +290,8 @@ def entropy(logp_NE: Tensor) -> Tensor:
 
 
 def _mixture(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor:
-    """Log-probs of β T + (1−β) S."""
-    # The floor keeps the gradient of an event that neither can produce 0: that of logaddexp(−inf, −inf) is NaN.
-    return torch.logaddexp(
-        teacher_logp_NE.clamp_min(LOWEST) + math.log(beta), student_logp_NE.clamp_min(LOWEST) + math.log1p(-beta)
-    )
+    """Log-probs of β T + (1−β) S. Both must be finite: the gradient of logaddexp(−inf, −inf) is NaN."""
+    return torch.logaddexp(teacher_logp_NE + math.log(beta), student_logp_NE + math.log1p(-beta))
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

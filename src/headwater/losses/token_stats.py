@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from headwater.losses import per_token
 from headwater.losses.comparison import Comparison, Student
-from headwater.losses.distributions import Distributions
+from headwater.losses.distributions import Distributions, HoldsTokens
 from headwater.losses.token_losses import Divergence
 
 
@@ -38,7 +37,7 @@ class TokenInputs:
             return Comparison()
         known = self.teacher.materialize()
         compared = known.compare(student, self.divergence, gradient)
-        if self.teacher_tokens and compared.teacher_logp_N is None:
+        if self.teacher_tokens and compared.teacher_logp_N is None and isinstance(known, HoldsTokens):
             compared = replace(compared, teacher_logp_N=known.token_logp(self.targets_N))
         return compared
 
@@ -60,14 +59,7 @@ class TokenStats:
         kls = compared.kl_student_teacher_N, compared.kl_teacher_student_N
         return TokenStats(logp_N, entropy_N, compared.divergence_N, *kls, compared.teacher_logp_N)
 
-    @staticmethod
-    def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
-        """All parts have the same fields filled."""
-        if len(parts) == 1:
-            return parts[0]
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(TokenStats)}
-        values = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
-        return TokenStats(**values)  # type: ignore[arg-type]
+    concatenate = per_token.concatenate
 
 
 @dataclass(frozen=True)

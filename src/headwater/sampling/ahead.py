@@ -60,8 +60,7 @@ class AheadSampler:
             rollouts = self._now.sample(requests, sampling, on_finished)
             self._start()
             return rollouts
-        keys = [(request.problem_id, request.sample) for request in requests]
-        if [(rollout.problem_id, rollout.sample) for rollout in rollouts] != keys:
+        if [rollout.key for rollout in rollouts] != [request.key for request in requests]:
             raise UserError(f"{FILE}: the checkpoint's rollouts are not those of the next step; delete the checkpoint")
         self._start()
         if on_finished is not None:

@@ -6,9 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from headwater import seeds
 from headwater.config.stage import Sampling
 from headwater.models.policy import Policy
-from headwater.types import Rollout
+from headwater.types import Rollout, RolloutKey
+
+
+class HasFingerprint(Protocol):
+    """A model that samples: a `Policy`, or a server's (`ServedTeacher`)."""
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +28,17 @@ class Request:
     prompt_ids: tuple[int, ...]
     rng_key: tuple[str | int, ...]
 
+    @property
+    def key(self) -> RolloutKey:
+        return self.problem_id, self.sample
+
+    @property
+    def vllm_seed(self) -> int:
+        """The request's seed for vLLM, which takes a signed 64-bit number."""
+        return seeds.seed_of(*self.rng_key) % (1 << 63)
+
     def rollout(
-        self, ids: tuple[int, ...], logp: tuple[float, ...], stopped: bool, policy: Policy, sampling: Sampling
+        self, ids: tuple[int, ...], logp: tuple[float, ...], stopped: bool, policy: HasFingerprint, sampling: Sampling
     ) -> Rollout:
         """The rollout of these tokens. `stopped` says whether they end with a stop id."""
         return Rollout(

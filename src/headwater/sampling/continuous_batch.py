@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,15 +11,8 @@ from torch import Tensor
 from headwater.devices import to_device
 from headwater.sampling.token_draws import named_uniforms
 
-
-@dataclass(frozen=True, slots=True)
-class FinishedSequence:
-    """One finished completion: index of its request, tokens, log-probs, and whether it ended with a stop id."""
-
-    request: int
-    ids: tuple[int, ...]
-    logp: tuple[float, ...]
-    stopped: bool
+FinishedSequence = tuple[int, tuple[int, ...], tuple[float, ...], bool]
+"""A finished completion: index of its request, tokens, log-probs, and whether it ended with a stop id."""
 
 
 class ContinuousBatch:
@@ -78,12 +70,11 @@ class ContinuousBatch:
         """Rows that have drawn a stop id or reached the limit, ascending. Synchronizes the device."""
         return np.flatnonzero(self.stopped_A.cpu().numpy() | (self.age_A >= self.limit))
 
-    def sequences(self, rows_F: np.ndarray) -> list[FinishedSequence]:
+    def sequences(self, rows_F: np.ndarray) -> Iterator[FinishedSequence]:
         """The completions of finished rows, cut after the first stop id."""
         longest = min(int(self.age_A[rows_F].max()), self.limit)
         slots = torch.from_numpy(self.slot_A[rows_F]).to(self.ids.device)
         ids, logp = (flat.view(-1, self.limit)[slots, :longest].tolist() for flat in (self.ids, self.logp))
-        finished = []
         for row, tokens, values in zip(rows_F.tolist(), ids, logp, strict=True):
             age = int(self.age_A[row])
             end = min(age, self.limit)
@@ -93,10 +84,7 @@ class ContinuousBatch:
                     end = column + 1
                     break
             stopped = tokens[end - 1] in self.stop_ids
-            finished.append(
-                FinishedSequence(int(self.request_A[row]), tuple(tokens[:end]), tuple(values[:end]), stopped)
-            )
-        return finished
+            yield int(self.request_A[row]), tuple(tokens[:end]), tuple(values[:end]), stopped
 
     def remove(self, rows_F: np.ndarray) -> list[int]:
         """Remove rows and move the last ones into the gaps. Returns the old row of each remaining row."""

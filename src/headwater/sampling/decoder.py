@@ -8,10 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headwater.losses.batch import padded_parts
+from headwater.losses.batch import pad_right, padded_parts
 from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Policy
-from headwater.models.rope import refuse_mixed_lengths
 from headwater.sampling.fast_architectures import DecoderSpec, decoder_spec
 from headwater.sampling.fast_decoder import FastDecoder
 
@@ -73,12 +72,11 @@ class CacheDecoder:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.pads = policy, policy.decoding == "left_padded"
+        self.policy, self.logits, self.pads = policy, policy.logits, policy.decoding == "left_padded"
         self.prompts: list[tuple[int, ...]] = []
         self.batches: list[tuple[list[int], CachedBatch]] = []  # with the row of each of the batch's own rows
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         self.prompts = list(prompts)
         return max_rows
 
@@ -116,9 +114,6 @@ class CacheDecoder:
                 batches.append(([new for new, _ in kept], batch))
         self.batches = batches
 
-    def logits(self, hidden_AH: Tensor) -> Tensor:
-        return self.policy.logits(hidden_AH)
-
     def _in_row_order(self, hidden: Sequence[Tensor]) -> Tensor:
         """The rows of all batches (A, H); those of a single batch are in order already."""
         if len(hidden) == 1:
@@ -132,12 +127,11 @@ class RecomputeDecoder:
     """Any causal LM, without a cache: each step runs every sequence from its start. Slow, for models without a usable cache."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.logits = policy, policy.logits
         self.prompts: list[tuple[int, ...]] = []
         self.sequences: list[tuple[int, ...]] = []
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         self.prompts, self.sequences = list(prompts), []
         return 1
 
@@ -154,18 +148,12 @@ class RecomputeDecoder:
     def select_rows(self, rows: Sequence[int]) -> None:
         self.sequences = [self.sequences[row] for row in rows]
 
-    def logits(self, hidden_AH: Tensor) -> Tensor:
-        return self.policy.logits(hidden_AH)
-
     def _last_hidden(self, sequences: Sequence[tuple[int, ...]]) -> Tensor:
         """Hidden states (A, H) at the sequences' last tokens."""
         distinct = list(dict.fromkeys(sequences))
         hidden: dict[tuple[int, ...], Tensor] = {}
         for part in padded_parts(distinct, len, RECOMPUTED_TOKENS, self.policy.supports_padding):
-            width = max(map(len, part))
-            pad_id, device = self.policy.pad_id, self.policy.device
-            ids_BT = torch.tensor([(*ids, *(pad_id,) * (width - len(ids))) for ids in part], device=device)
-            mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in part], device=device)
-            hidden_BTH = self.policy.hidden(ids_BT, mask_BT)
+            ids_BT, mask_BT = pad_right(part, self.policy.pad_id)
+            hidden_BTH = self.policy.hidden(ids_BT.to(self.policy.device), mask_BT.to(self.policy.device))
             hidden.update({ids: hidden_BTH[row, len(ids) - 1] for row, ids in enumerate(part)})
         return torch.stack([hidden[ids] for ids in sequences])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose angles depend on the position alone; `longrope` also depends on the length (`models.rope`)."""
 
@@ -19,7 +20,7 @@ class Architecture:
     mlp_norm, mlp_out_norm              the same for the MLP
     norm_offset    added to the weight of every norm
     float32_norms  weights of norms multiply in float32, also in bfloat16 models
-    windows        the layers that have the config's sliding window
+    windowed       the types of layers that have the config's sliding window
     rope_types     kinds of RoPE scaling that the decoder computes as transformers does
     activation     the config's field that names it
     fields         further fields of the config that the model type reads; others ignore them if they are there
@@ -31,7 +32,7 @@ class Architecture:
     mlp_out_norm: str | None = None
     norm_offset: float = 0.0
     float32_norms: bool = False
-    windows: Literal["none", "all", "by_layer_type"] = "none"
+    windowed: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = STATIC_ROPES
     activation: str = "hidden_act"
     fields: tuple[str, ...] = ()
@@ -42,18 +43,20 @@ class Architecture:
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(),
-    "mistral": Architecture(windows="all"),
-    "qwen2": Architecture(windows="by_layer_type"),
-    "qwen3": Architecture(windows="by_layer_type"),
-    "smollm3": Architecture(windows="by_layer_type", fields=("no_rope_layers",)),
-    "phi3": Architecture(windows="all", rope_types=(*STATIC_ROPES, "longrope"), fields=("partial_rotary_factor",)),
+    "mistral": Architecture(windowed=LAYER_TYPES),
+    "qwen2": Architecture(windowed=("sliding_attention",)),
+    "qwen3": Architecture(windowed=("sliding_attention",)),
+    "smollm3": Architecture(windowed=("sliding_attention",), fields=("no_rope_layers",)),
+    "phi3": Architecture(
+        windowed=LAYER_TYPES, rope_types=(*STATIC_ROPES, "longrope"), fields=("partial_rotary_factor",)
+    ),
     "gemma3_text": Architecture(
         attention_out_norm="post_attention_layernorm",
         mlp_norm="pre_feedforward_layernorm",
         mlp_out_norm="post_feedforward_layernorm",
         norm_offset=1.0,
         float32_norms=True,
-        windows="by_layer_type",
+        windowed=("sliding_attention",),
         activation="hidden_activation",
         fields=("query_pre_attn_scalar",),
     ),
@@ -104,13 +107,14 @@ def decoder_spec(config: Any) -> DecoderSpec | None:
     sets = {key: value for key, value in parameters.items() if isinstance(value, Mapping)} or {"": parameters}
     # transformers 5.19 fails on the second long batch of a model with `longrope` for one of several kinds of layers.
     rope_types = architecture.rope_types if "" in sets else STATIC_ROPES
-    if set(types) - {"full_attention", "sliding_attention"} or any(
+    if set(types) - set(LAYER_TYPES) or any(
         rope.get("rope_type", "default") not in rope_types for rope in sets.values()
     ):
         return None
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = parameters.get("partial_rotary_factor", 1.0) if "partial_rotary_factor" in architecture.fields else 1.0
     query_scalar = architecture.field(config, "query_pre_attn_scalar", width)
+    window = getattr(config, "sliding_window", None)
     has_positions = architecture.field(config, "no_rope_layers", [1] * layers)
     return DecoderSpec(
         architecture=architecture,
@@ -121,16 +125,8 @@ def decoder_spec(config: Any) -> DecoderSpec | None:
         eps=config.rms_norm_eps,
         activation=getattr(config, architecture.activation),
         query_scale=(width / query_scalar) ** 0.5,
-        windows=tuple(_window(config, architecture, kind) for kind in types),
+        windows=tuple(window if kind in architecture.windowed else None for kind in types),
         ropes=tuple(
             None if not has else "" if "" in sets else kind for has, kind in zip(has_positions, types, strict=True)
         ),
     )
-
-
-def _window(config: Any, architecture: Architecture, layer_type: str) -> int | None:
-    slides = architecture.windows == "all" or (
-        architecture.windows == "by_layer_type" and layer_type == "sliding_attention"
-    )
-    window: int | None = getattr(config, "sliding_window", None) if slides else None
-    return window

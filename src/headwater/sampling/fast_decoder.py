@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from headwater.devices import to_device
 from headwater.kernels import LANES, Kernels
+from headwater.losses.batch import pad_right
 from headwater.models.policy import Policy
-from headwater.models.rope import refuse_mixed_lengths
 from headwater.sampling.fast_architectures import DecoderSpec
 from headwater.sampling.fast_weights import DecoderWeights, Projection
 from headwater.sampling.kv_cache import KVCache, PrefilledPrompts
@@ -44,7 +44,6 @@ class FastDecoder:
             self.gate = self.kernels.silu_gate
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         max_rows, device, dtype = min(max_rows, len(prompts)), self.policy.device, self.weights.embedding.dtype
         self.waiting = list(prompts)
         self.prefilled: PrefilledPrompts | None = None
@@ -109,9 +108,8 @@ class FastDecoder:
             pending.append(prompts[prompt])
         del self.waiting[: len(pending)]
         lengths = list(map(len, prompts))
-        width, device, pad_id = max(lengths), self.policy.device, self.policy.pad_id
-        padded = [(*prompt, *(pad_id,) * (width - len(prompt))) for prompt in prompts]
-        ids_PT = to_device(torch.tensor(padded), device)
+        width, device = max(lengths), self.policy.device
+        ids_PT = to_device(pad_right(list(prompts), self.policy.pad_id)[0], device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         position_N = torch.arange(width, device=device).repeat(len(prompts))

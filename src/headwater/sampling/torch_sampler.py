@@ -13,12 +13,13 @@ from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
+from headwater.models.rope import refuse_mixed_lengths
 from headwater.models.training_mode import at_inference
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.sampling.continuous_batch import ContinuousBatch
 from headwater.sampling.decoder import decoder_for
 from headwater.sampling.token_draws import draw_tokens
-from headwater.types import Rollout
+from headwater.types import Rollout, RolloutKey
 
 CHECK_EVERY_CPU, CHECK_EVERY_GPU = 1, 8
 """Steps between checks for finished sequences. Each check synchronizes the device; until then finished rows decode on."""
@@ -66,8 +67,10 @@ class TorchSampler:
         size, limit = min(self.batch, len(requests)), sampling.max_tokens
         check_every = CHECK_EVERY_CPU if self.policy.device.type == "cpu" else CHECK_EVERY_GPU
         batch = ContinuousBatch(size, limit, check_every, stop_mask(self.policy))
+        max_tokens = max(map(len, prompts)) + limit
+        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         decoder = decoder_for(self.policy)
-        min_free = decoder.begin(prompts, size, len(max(prompts, key=len)) + limit)
+        min_free = decoder.begin(prompts, size, max_tokens)
         rollouts: dict[int, Rollout] = {}
         admitted = step = 0
         while admitted < len(requests) or len(batch):
@@ -84,10 +87,8 @@ class TorchSampler:
                 finished_rows = batch.finished_rows()
                 if len(finished_rows):
                     finished = {
-                        done.request: requests[done.request].rollout(
-                            done.ids, done.logp, done.stopped, self.policy, sampling
-                        )
-                        for done in batch.sequences(finished_rows)
+                        index: requests[index].rollout(ids, logp, stopped, self.policy, sampling)
+                        for index, ids, logp, stopped in batch.sequences(finished_rows)
                     }
                     rollouts.update(finished)
                     if on_finished is not None:
@@ -119,18 +120,18 @@ class OomRetrySampler:
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        finished: dict[tuple[str, int], Rollout] = {}
+        finished: dict[RolloutKey, Rollout] = {}
 
         def keep(rollouts: Sequence[Rollout]) -> None:
-            finished.update({(rollout.problem_id, rollout.sample): rollout for rollout in rollouts})
+            finished.update({rollout.key: rollout for rollout in rollouts})
             if on_finished is not None:
                 on_finished(rollouts)
 
         def attempt(batch: int) -> list[Rollout]:
-            left = [request for request in requests if (request.problem_id, request.sample) not in finished]
+            left = [request for request in requests if request.key not in finished]
             rollouts = self.make_sampler(batch).sample(left, sampling, keep) if left else []
-            known = {**finished, **{(rollout.problem_id, rollout.sample): rollout for rollout in rollouts}}
-            return [known[request.problem_id, request.sample] for request in requests]
+            known = finished | {rollout.key: rollout for rollout in rollouts}
+            return [known[request.key] for request in requests]
 
         remedy = "shorten sampling.max_tokens or prompt.max_tokens, or take a larger device"
         return self.batch.fit(attempt, max(1, len(requests)), 1, "sequence", remedy)

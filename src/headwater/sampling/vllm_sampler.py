@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from headwater import seeds
 from headwater.config.compute import Compute, Vllm
 from headwater.config.recipe import Recipe
 from headwater.config.samplers import missing_package
@@ -39,8 +38,6 @@ from headwater.sampling import torch_sampler
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.types import Rollout
 
-SEEDS = 1 << 63
-"""vLLM takes a request's seed as a signed 64-bit number."""
 CPU_TOKENS = 8192
 """Tokens that the engine prefills in one step on a CPU, at least."""
 NOT_ARCHITECTURE = {"_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -278,7 +275,10 @@ class VllmSampler:
                 prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
                 indices[engine.add_request(str(index), prompt, self._sampling_params(request, sampling))] = index
             while engine.has_unfinished_requests():
-                outputs = {int(out.request_id): out.outputs[0] for out in self._step(engine) if out.finished}
+                try:
+                    outputs = {int(out.request_id): out.outputs[0] for out in engine.step() if out.finished}
+                except Exception as error:  # some shapes are refused only by the kernels
+                    raise engine_error(self.policy, error) from None
                 finished = {index: self._rollout(requests[index], out, sampling) for index, out in outputs.items()}
                 rollouts.update(finished)
                 if on_finished is not None:
@@ -289,13 +289,6 @@ class VllmSampler:
                 engine.abort_request(left, internal=True)
         return [rollouts[index] for index in range(len(requests))]
 
-    def _step(self, engine: Any) -> list[Any]:
-        try:
-            outputs: list[Any] = engine.step()
-        except Exception as error:  # some shapes are refused only by the kernels
-            raise engine_error(self.policy, error) from None
-        return outputs
-
     def _sampling_params(self, request: Request, sampling: Sampling) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -304,7 +297,7 @@ class VllmSampler:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
-            seed=seeds.seed_of(*request.rng_key) % SEEDS,
+            seed=request.vllm_seed,
             logprobs=0,  # of the sampled token only
             stop_token_ids=[stop for stop in self.policy.stop_ids if stop < self.policy.vocabulary],
             ignore_eos=True,  # the policy's stop ids include EOS

@@ -10,9 +10,8 @@ from types import TracebackType
 import torch
 
 from headwater.losses.distributions import Distributions
-from headwater.types import Rollout
+from headwater.types import Rollout, RolloutKey
 
-Key = tuple[str, int]
 Score = Callable[[Sequence[Rollout]], list[Distributions]]
 
 
@@ -31,11 +30,11 @@ class AsyncScorer:
     """
 
     def __init__(self, score: Score, size: int, calls: int = 0, device: torch.device | None = None) -> None:
-        self.score, self.size, self.calls = score, size, calls
+        self.score, self.size, self.calls = torch.no_grad()(score), size, calls
         gpu = device is not None and device.type == "cuda"
         self.thread = ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, device) if gpu else None)
         self.pending: list[Rollout] = []
-        self.chunks: list[tuple[list[Key], Future[list[Distributions]]]] = []
+        self.chunks: list[tuple[list[RolloutKey], Future[list[Distributions]]]] = []
 
     def __enter__(self) -> AsyncScorer:
         return self
@@ -51,10 +50,10 @@ class AsyncScorer:
             if len(self.pending) == self.size:
                 self._start_chunk()
 
-    def results(self) -> dict[Key, Distributions]:
+    def results(self) -> dict[RolloutKey, Distributions]:
         """Wait for all submitted rollouts: distributions by (problem id, sample). Raises what `score` raised."""
         self._finish_calls()
-        scores: dict[Key, Distributions] = {}
+        scores: dict[RolloutKey, Distributions] = {}
         for keys, future in self.chunks:
             scores.update(zip(keys, future.result(), strict=True))
         self.chunks, self.calls = [], 0
@@ -66,9 +65,5 @@ class AsyncScorer:
 
     def _start_chunk(self) -> None:
         chunk, self.pending = self.pending, []
-        keys = [(rollout.problem_id, rollout.sample) for rollout in chunk]
-        self.chunks.append((keys, self.thread.submit(self._score, chunk)))
-
-    @torch.no_grad()
-    def _score(self, chunk: list[Rollout]) -> list[Distributions]:
-        return self.score(chunk)
+        keys = [rollout.key for rollout in chunk]
+        self.chunks.append((keys, self.thread.submit(self.score, chunk)))

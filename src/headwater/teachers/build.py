@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -44,21 +46,10 @@ class OffloadedTeacher:
     make_sampler: SamplerFactory
     ranks: ProcessGroup = SINGLE_PROCESS
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.policy.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        return self.policy.vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
-
-    @property
-    def shape(self) -> Shape:
-        return self.policy.shape
+    tokenizer = property(attrgetter("policy.tokenizer"))
+    vocabulary = property(attrgetter("policy.vocabulary"))
+    device = property(attrgetter("policy.device"))
+    shape = property(attrgetter("policy.shape"))
 
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
         return self.policy.pass_flops(rows, passes)
@@ -127,17 +118,9 @@ class TaggedTeachers:
     def first(self) -> SingleTeacher:
         return next(iter(self.teachers.values()))
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.first.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        return self.first.vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
+    tokenizer = property(attrgetter("first.tokenizer"))
+    vocabulary = property(attrgetter("first.vocabulary"))
+    device = property(attrgetter("first.device"))
 
     @property
     def shape(self) -> Shape:
@@ -151,10 +134,7 @@ class TaggedTeachers:
         )
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        return self._by_tag(rollouts, lambda teacher, own: self._score(teacher, own, tokens))
-
-    def _score(self, teacher: SingleTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        scored = distributions_of(teacher, rollouts, tokens)
+        scored = self._by_tag(rollouts, lambda teacher, own: distributions_of(teacher, own, tokens))
         return [self._kept(*pair) for pair in zip(scored, rollouts, strict=True)]
 
     def _kept(self, scored: Distributions, rollout: Rollout) -> Distributions:
@@ -173,10 +153,8 @@ class TaggedTeachers:
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        def sample(teacher: SingleTeacher, own: list[Any]) -> list[Rollout]:
-            return sampler_for(teacher, self.make_sampler).sample(own, sampling, on_finished)
-
-        return self._by_tag(requests, sample)
+        samplers = partial(sampler_for, make_sampler=self.make_sampler)
+        return self._by_tag(requests, lambda teacher, own: samplers(teacher).sample(own, sampling, on_finished))
 
     def _by_tag(self, items: Sequence[Any], call: Callable[[SingleTeacher, list[Any]], Sequence[Any]]) -> list[Any]:
         """Call each teacher with the requests or rollouts of its tag; results in the order of `items`."""
@@ -233,9 +211,7 @@ def load_base_teacher(
             + "), so one batch cannot hold their distributions"
         )
     served = [teacher for teacher in loaded.values() if isinstance(teacher, ServedTeacher)]
-    candidates: Candidates = "teacher"
-    if served and all(uses_candidates(teacher) for teacher in served):
-        candidates = served[0].candidates
+    candidates = served[0].candidates if served and all(map(uses_candidates, served)) else "teacher"
     teachers = {
         field.removeprefix("models.teacher."): replace(teacher, candidates=candidates)
         if isinstance(teacher, ServedTeacher)

@@ -22,7 +22,7 @@ from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.storage.run_dir import DISTRIBUTIONS
 from headwater.teachers import compact_ids
-from headwater.teachers.scoring import FrozenModel, ScoringTeacher, distributions_of
+from headwater.teachers.scoring import ScoringTeacher, distributions_of
 from headwater.types import Rollout
 
 EXACT_CACHE_LIMIT = 64 << 30
@@ -33,7 +33,7 @@ GROUPS = "group_of_token"
 """Tensor of a cache of groups of tokens: the group of each of the student's tokens."""
 
 
-def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> None:
+def refuse_huge_cache(teacher: Policy | ScoringTeacher, tokens: int, top_k: int | None) -> None:
     """Raises UserError if an exact cache of this many tokens would exceed EXACT_CACHE_LIMIT."""
     size = tokens * teacher.vocabulary * 4
     if top_k is None and size > EXACT_CACHE_LIMIT:
@@ -45,14 +45,11 @@ def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> N
 
 
 def write_rollouts(folder: Path, rollouts: Sequence[Rollout]) -> None:
-    keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
-    lines = [
-        json.dumps(
-            {key: getattr(rollout, key) for key in keys}
-            | ({"teacher_ids": rollout.teacher_ids} if rollout.teacher_ids else {})
-        )
-        for rollout in rollouts
-    ]
+    names = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
+    lines = []
+    for rollout in rollouts:
+        written = (*names, "teacher_ids") if rollout.teacher_ids else names
+        lines.append(json.dumps({name: getattr(rollout, name) for name in written}))
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     fault_points.failpoint("cache.rollouts")
 
@@ -100,9 +97,8 @@ def write_distributions(
     if not teacher.ranks.is_main:
         return
     chunks = [chunk for some, _ in gathered for chunk in some]
-    groups = next(
-        (some for _, some in gathered if some), {}
-    )  # rank 0 scores nothing where there are more ranks than rollouts
+    # Rank 0 scores nothing where there are more ranks than rollouts.
+    groups = next((some for _, some in gathered if some), {})
     save_file(
         {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]} | groups,
         folder / DISTRIBUTIONS,

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Composed, Distributions, Gain
-from headwater.models.shape import Shape
 from headwater.teachers.scoring import distributions_of
 from headwater.teachers.translated import Supervisor
 from headwater.types import Rollout
@@ -28,24 +24,8 @@ class ComposedTeacher:
     combine: Callable[[tuple[Distributions, ...]], Distributions]
 
     @property
-    def tokenizer(self) -> Any:
-        return self.models[0].tokenizer
-
-    @property
     def vocabulary(self) -> int:
         return self.models[0].vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return self.models[0].device
-
-    @property
-    def ranks(self) -> ProcessGroup:
-        return self.models[0].ranks
-
-    @property
-    def shape(self) -> Shape:
-        return self.models[0].shape
 
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
         return sum(model.pass_flops(rows, passes) for model in self.models)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from headwater.distributed.process_group import ProcessGroup
+from headwater.losses import per_token
 from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.materialized import TopK
 from headwater.losses.output_head import Head
@@ -16,10 +18,9 @@ from headwater.teachers.build import TaggedTeachers
 from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.served_teacher import ServedTeacher
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
-from headwater.types import Rollout
+from headwater.types import Rollout, RolloutKey
 
-Key = tuple[str, int]
-Scores = Mapping[Key, Distributions]
+Scores = Mapping[RolloutKey, Distributions]
 
 
 def can_exchange_scores(teacher: Supervisor | ComposedTeacher) -> bool:
@@ -46,37 +47,33 @@ def on_group(teacher: Supervisor, ranks: ProcessGroup) -> Supervisor:
 
 
 def exchanged(
-    scores: Scores, owner_of: Mapping[Key, int], rollouts: Sequence[Rollout], teacher: Supervisor, ranks: ProcessGroup
+    scores: Scores,
+    owner_of: Mapping[RolloutKey, int],
+    rollouts: Sequence[Rollout],
+    teacher: Supervisor,
+    ranks: ProcessGroup,
 ) -> Scores:
     """Send each score to the rank that trains on its rollout; return this rank's.
 
     owner_of  (problem id, sample) -> rank, for every row of the step
     rollouts  those that this rank trains on
     """
-    parts: list[dict[Key, Tensor | TopK]] = [{} for _ in range(ranks.size)]
+    parts: list[dict[RolloutKey, Tensor | TopK]] = [{} for _ in range(ranks.size)]
     for key, score in scores.items():
         parts[owner_of[key]][key] = _packed(score, away=owner_of[key] != ranks.rank)
     received = {key: value for part in ranks.exchange(parts) for key, value in part.items()}
-    return {
-        (rollout.problem_id, rollout.sample): _unpacked(received[rollout.problem_id, rollout.sample], rollout, teacher)
-        for rollout in rollouts
-    }
+    return {rollout.key: _unpacked(received[rollout.key], rollout, teacher) for rollout in rollouts}
 
 
 def _packed(score: Distributions, away: bool) -> Tensor | TopK:
-    if isinstance(score, FromHidden):
-        return score.hidden_NH.cpu() if away else score.hidden_NH
-    assert isinstance(score, TopK)
-    if not away:
-        return score
-    count_N = None if score.count_N is None else score.count_N.cpu()
-    return TopK(score.ids_NK.cpu(), score.logp_NK.cpu(), count_N)
+    assert isinstance(score, (FromHidden, TopK))
+    sent = per_token.to_device(score, torch.device("cpu")) if away else score
+    return sent.hidden_NH if isinstance(sent, FromHidden) else sent
 
 
 def _unpacked(value: Tensor | TopK, rollout: Rollout, teacher: Supervisor) -> Distributions:
     if isinstance(value, TopK):
-        count_N = None if value.count_N is None else value.count_N.to(teacher.device)
-        return TopK(value.ids_NK.to(teacher.device), value.logp_NK.to(teacher.device), count_N)
+        return per_token.to_device(value, teacher.device)
     return FromHidden(value.to(teacher.device), _head(teacher, rollout), rollout.temperature)
 
 

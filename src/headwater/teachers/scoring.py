@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,14 @@ from headwater.models.policy import Policy
 from headwater.types import Rollout
 
 
-class FrozenModel(Protocol):
-    """A frozen model that scores: a `Policy`, a server (`ServedTeacher`), or several models by tag (`TaggedTeachers`)."""
+class Scorer(Protocol):
+    """What computes distributions itself: a frozen model other than a `Policy`, or a combination of several."""
+
+    def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]: ...
+
+
+class ScoringTeacher(Scorer, Protocol):
+    """A frozen model other than a `Policy`."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -30,13 +36,6 @@ class FrozenModel(Protocol):
     def device(self) -> torch.device: ...
     @property
     def ranks(self) -> ProcessGroup: ...
-    def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float: ...
-
-
-class ScoringTeacher(FrozenModel, Protocol):
-    """A frozen model other than a `Policy`, which computes its distributions itself."""
-
-    def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]: ...
 
 
 def hidden_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
@@ -68,7 +67,7 @@ def map_hidden(
     return [results[index] for index in range(len(rows))]
 
 
-def distributions_of(teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
+def distributions_of(teacher: Policy | Scorer, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
     """Teacher distributions at every completion token, one per rollout; a policy's are exact and stored as hidden states."""
     if not isinstance(teacher, Policy):
         return teacher.distributions(rollouts, tokens)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwater import seeds
 from headwater.config.dense import Candidates
 from headwater.config.stage import Sampling
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -36,8 +35,6 @@ NO_SHAPE = Shape(
     intermediate=0, parameters=0, matrix_parameters=0, token_parameters=0,
 )  # fmt: skip
 """Shape of a served model: it costs no FLOPs and no memory on this machine."""
-SEEDS = 1 << 63
-"""vLLM takes a request's seed as a signed 64-bit number."""
 ROUNDING = 1e-3
 """Excess over 0 of a log-prob, and over 1 of the probabilities at a position, that is taken for rounding."""
 LEAST_LOGP = -1e30
@@ -99,9 +96,8 @@ class ServedTeacher:
         try:
             data = io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"], validate=True))
             np.lib.format.read_magic(data)
-            header = np.lib.format.read_array_header_1_0(
-                data
-            )  # first, so that no header makes it allocate more than it sent
+            # The header first, so that none makes it allocate more than was sent.
+            header = np.lib.format.read_array_header_1_0(data)
             logp_NK = np.frombuffer(data.read(), np.float32).reshape(shape)
         except (KeyError, TypeError, ValueError):
             raise self._error("gives no prompt_token_id_logprobs for the student's candidates") from None
@@ -130,11 +126,8 @@ class ServedTeacher:
 
     def _choices(self, body: Answer, count: int, entries: int) -> list[Answer]:
         choices = self.model.client.request("/v1/completions", body, entries).get("choices")
-        if (
-            not isinstance(choices, list)
-            or len(choices) != count
-            or not all(isinstance(choice, dict) for choice in choices)
-        ):
+        are_objects = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+        if not are_objects or len(choices) != count:
             raise self._error(f"does not give {count} choices for {count} prompts")
         places = [choice.get("index", place) for place, choice in enumerate(choices)]
         if not all(map(is_token_id, places)) or sorted(places) != list(range(count)):
@@ -223,7 +216,7 @@ class ServedTeacher:
             "top_k": sampling.top_k,
             "min_p": 0.0,
             "repetition_penalty": 1.0,  # override the server's defaults
-            "seed": seeds.seed_of(*request.rng_key) % SEEDS,
+            "seed": request.vllm_seed,
             "logprobs": 0,
             "stop_token_ids": list(self.stop_ids),
             "add_special_tokens": False,
@@ -242,16 +235,7 @@ class ServedTeacher:
             raise self._error(f"samples {len(ids)} tokens where at most {sampling.max_tokens} were requested")
         if finish not in ("stop", "length"):
             raise self._error(f"ends a sample with finish_reason {finish!r:.40}, which is neither stop nor length")
-        return Rollout(
-            problem_id=request.problem_id,
-            sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            completion_ids=tuple(ids),
-            sampler_logp=tuple(map(self._logp, sampler_logp)),
-            finish=finish,
-            sampler=self.fingerprint,
-            temperature=sampling.temperature,
-        )
+        return request.rollout(tuple(ids), tuple(map(self._logp, sampler_logp)), finish == "stop", self, sampling)
 
 
 def batched(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:

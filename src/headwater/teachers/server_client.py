@@ -103,7 +103,7 @@ class ServerClient:
 
     def _request_once(self, path: str, body: Answer | None, entries: int) -> Answer:
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        deadline = _Deadline()
+        deadline, too_late = _Deadline(), f"no complete response within {self.settings.seconds:g} s"
         try:
             with (
                 deadline.limit(self.settings.seconds),
@@ -116,14 +116,9 @@ class ServerClient:
                 text = _read(response, entries * ENTRY_BYTES + 1)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             late = deadline.over or isinstance(error, httpx2.TimeoutException)
-            reason = (
-                f"no complete response within {self.settings.seconds:g} s"
-                if late
-                else error_text(error, MAX_MESSAGE_CHARS)
-            )
-            raise _RetryableError(reason) from None
+            raise _RetryableError(too_late if late else error_text(error, MAX_MESSAGE_CHARS)) from None
         if deadline.over:  # an answer without a length ends where its connection does
-            raise _RetryableError(f"no complete response within {self.settings.seconds:g} s")
+            raise _RetryableError(too_late)
         _refuse_large(text, entries)
         try:
             answer = json.loads(text)
@@ -246,11 +241,8 @@ def connect(name: str, field: str, settings: Server) -> ServedModel:
         listed = client.request("/v1/models").get("data")
     except TrainingStoppedError as error:
         raise UserError(str(error)) from None
-    models = (
-        [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-        if isinstance(listed, list)
-        else []
-    )
+    entries = listed if isinstance(listed, list) else []
+    models = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
     names = [model["id"] for model in models]
     if not names or (wanted and wanted not in names) or (not wanted and len(names) > 1):
         raise UserError(

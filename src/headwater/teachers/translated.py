@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headwater.config.dense import Dense
-from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.alignment import Spans
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Aligned, Distributions, TokenGroups, select_rows
 from headwater.losses.materialized import SpanLogp
-from headwater.models.shape import Shape
 from headwater.models.token_bytes import TokenPair
 from headwater.models.token_groups import VocabularyGroups
 from headwater.sampling.base import OnFinished, Request, SamplerFactory
@@ -54,17 +53,9 @@ class TranslatedTeacher:
     vocabulary: int
     make_sampler: SamplerFactory
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def ranks(self) -> ProcessGroup:
-        return self.model.ranks
-
-    @property
-    def shape(self) -> Shape:
-        return self.model.shape
+    device = property(attrgetter("model.device"))
+    ranks = property(attrgetter("model.ranks"))
+    shape = property(attrgetter("model.shape"))
 
     @cached_property
     def _groups(self) -> VocabularyGroups:
@@ -147,7 +138,8 @@ class TranslatedTeacher:
         """A rollout as the teacher reads it, and the spans of (student, teacher)."""
         if self.pair is None:
             ids = rollout.completion_ids
-            spans = Spans(*2 * (tuple(range(1, len(ids) + 1)),))
+            ends = tuple(range(1, len(ids) + 1))
+            spans = Spans(ends, ends)
         else:
             ids, spans = self.pair.to_teacher(rollout)
         # Of the log-probs and the end only the numbers of tokens matter to a model that scores.
@@ -178,4 +170,4 @@ def begun_tokens(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[tup
 
 
 Supervisor = Teacher | TranslatedTeacher
-"""A model that teaches: read as it is, or in words of its own."""
+"""A frozen model that supervises, with or without prompts and token ids of its own."""

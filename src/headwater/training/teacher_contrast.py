@@ -9,8 +9,8 @@ import torch
 
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions
-from headwater.losses.materialized import Exact, ExactGain, TopK
+from headwater.losses.distributions import Distributions, Gain
+from headwater.losses.materialized import Exact, TopK
 from headwater.training.update import Metrics
 
 TOKENS = 16
@@ -42,7 +42,7 @@ def contrast(distribution: Distributions, vocabulary: int) -> float | None:
     Example: V = 4 and (½, ½, 0, 0): |−ln 2 + ln 4| / ln 4 = ½, and 1 where log p is −∞: ¾.
     """
     known = distribution.materialize()
-    known = known.teacher if isinstance(known, ExactGain) else known
+    known = known.teacher if isinstance(known, Gain) else known
     if isinstance(known, Exact):
         logp_E = known.logp_NV[0]
     elif isinstance(known, TopK) and known.group_V is None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from headwater.losses.batch import Row
-from headwater.losses.materialized import Exact, ExactGain
+from headwater.losses.distributions import Gain
+from headwater.losses.materialized import Exact
 
 ROWS, TOKENS = 4, 256
 """Number of rollouts of a step, and of tokens of each, whose signal is kept."""
@@ -41,7 +42,7 @@ def signal_of(row: Row, text: Text) -> dict[str, Any]:
     for start in range(0, len(ids), AT_ONCE):
         some = ids[start : start + AT_ONCE]
         taught = row.teacher.rows(start, start + len(some)).materialize()
-        if isinstance(taught, ExactGain):
+        if isinstance(taught, Gain):
             taught = taught.teacher
         if not isinstance(taught, Exact):
             return {}  # a top-k distribution does not hold every token's log-prob

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from headwater.losses import per_token, token_losses
 from headwater.losses.comparison import Comparison, Student, by_autograd, compare_events
-from headwater.losses.distributions import Concatenated, Distributions, FromLogits, Known, concatenate
+from headwater.losses.distributions import Concatenated, Distributions, FromLogits, Gain, Known, concatenate
 from headwater.losses.logprobs import loss_and_stats
-from headwater.losses.materialized import Exact, ExactGain, Grouped, Sorted, SpanLogp, TopK
+from headwater.losses.materialized import Exact, Grouped, Sorted, SpanLogp, TopK
 from headwater.losses.output_head import LinearHead
 from headwater.losses.token_losses import Divergence
 from headwater.losses.token_stats import TokenInputs, TokenStats
@@ -38,7 +38,7 @@ def forms() -> dict[str, Known]:
     grouped = Grouped(log_probs(2, 3), GROUP, COMPARED)
     return {
         "exact": Exact(log_probs(1)),
-        "exact gain": ExactGain(Exact(log_probs(1)), Exact(log_probs(2))),
+        "exact gain": Gain((Exact(log_probs(1)), Exact(log_probs(2)))),
         "top k": TopK(kept.indices, kept.values),
         "top k partly filled": TopK(kept.indices, kept.values, torch.tensor([3, 2, 0, 1, 3, 2])),
         "top k of groups": grouped.top_k(2),
@@ -99,8 +99,8 @@ def test_every_form_concatenates_its_rows(form: str) -> None:
     joined = concatenate([whole.rows(0, 1), whole.rows(1, 4), whole.rows(4, N)], CPU)
     assert type(joined) is type(whole) and len(joined) == N
     for actual, expected in zip(vars(joined).values(), vars(whole).values(), strict=True):
-        if isinstance(expected, Exact):  # a part of a gain
-            actual, expected = actual.logp_NV, expected.logp_NV
+        if isinstance(expected, tuple):  # the parts of a gain
+            actual, expected = (torch.cat([part.logp_NV for part in parts]) for parts in (actual, expected))
         assert torch.equal(actual, expected) if isinstance(expected, Tensor) else actual == expected
 
 
@@ -135,9 +135,7 @@ class Halves:
     __len__ = per_token.length
     rows = per_token.rows
     concatenate = per_token.concatenate
-
-    def materialize(self) -> Halves:
-        return self
+    materialize = per_token.itself
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         halves = student_logp_NV[:, : self.cut], student_logp_NV[:, self.cut :]
@@ -145,9 +143,6 @@ class Halves:
 
     def compare(self, student: Student, divergence: Divergence | None, gradient: bool) -> Comparison:
         return by_autograd(lambda logp_NV: compare_events(*self.align(logp_NV), divergence), student, gradient)
-
-    def token_logp(self, targets_N: Tensor) -> None:
-        """None: halves name no token."""
 
 
 @pytest.mark.parametrize("chunk", [None, 2 * V])
