@@ -15,6 +15,7 @@ from headwater import seeds
 from headwater.config.prompt import Prompt
 from headwater.errors import UserError, error_text
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
+from headwater.models.tokenizer import special_tokens
 from headwater.models.untrusted_files import as_user_error
 from headwater.tasks.thinking import is_thinking_mark
 from headwater.types import Problem
@@ -124,10 +125,7 @@ class Prompter:
     @cached_property
     def _special_ids(self) -> tuple[frozenset[int], frozenset[int]]:
         """(ids of the marks of thinking, other special ids)."""
-        tokenizer = self.tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {id_: token.content for id_, token in added.items() if token.special}
-        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special = special_tokens(self.tokenizer)
         thinking = frozenset(id_ for id_, content in special.items() if is_thinking_mark(content))
         return thinking, frozenset(special) - thinking
 
