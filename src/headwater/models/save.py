@@ -129,9 +129,8 @@ def _without_adapter(model: Any, config: Any) -> Any:
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(config))
     plain.generation_config = model.generation_config
-    plain._weight_conversions = getattr(
-        model, "_weight_conversions", None
-    )  # from names in memory to those in the files
+    # From names in memory to those in the files.
+    plain._weight_conversions = getattr(model, "_weight_conversions", None)
     return plain
 
 
@@ -148,7 +147,7 @@ def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
     except Exception as error:
         if not files.is_dir() or disk_errno(error) is not None:
             raise
-    for path in Path(source.tokenizer_path).iterdir():
+    for path in files.iterdir():
         if path.is_dir() and path.name == CHAT_TEMPLATES:
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):
