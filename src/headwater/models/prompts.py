@@ -15,7 +15,6 @@ from headwater import seeds
 from headwater.config.prompt import Prompt
 from headwater.errors import UserError, error_text
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
-from headwater.models.tokenizer import special_tokens
 from headwater.models.untrusted_files import as_user_error
 from headwater.tasks.thinking import is_thinking_mark
 from headwater.types import Problem
@@ -186,6 +185,13 @@ def render_chat(
         remedy = "; change these turns, prompt.system or the chat template" if type(error) is TemplateError else ""
         raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail}){remedy}") from None
     return text
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> spelling of the special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {id_: token.content for id_, token in added.items() if token.special}
+    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def turn_end(tokenizer: Any) -> int | None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from headwater.errors import UserError
 from headwater.losses.alignment import Spans, align
-from headwater.models.prompts import turn_end
-from headwater.models.tokenizer import special_tokens
+from headwater.models.prompts import special_tokens, turn_end
 from headwater.types import Rollout
 
 MARK = b"\xff"

@@ -40,13 +40,6 @@ def reads_alike(tokenizer: Any, again: Any) -> bool:
     )
 
 
-def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Id -> spelling of the special tokens."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {id_: token.content for id_, token in added.items() if token.special}
-    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-
-
 def stop_ids_of(generation_config: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a completion: the union of generation config, model config and tokenizer."""
     ids: set[int] = set()
