@@ -37,7 +37,7 @@ class Coverage:
 def coverage(folder: ModelFolder, lora: Lora) -> Coverage | None:
     """Build the model and its adapter without memory for weights, and compare their names.
 
-    None if the architecture cannot be built that way: the checks that load its weights then say why, or have no trouble with it.
+    None if the architecture cannot be built without weights; checks that load them report what is wrong, if anything is.
 
     Raises UserError if peft is missing, the targets name layers that get no adapter here, or saving would lose a weight or an adapter.
     """

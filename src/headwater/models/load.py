@@ -75,7 +75,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
     base_frozen = options.frozen or spec is not None
     quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)
-    continues = spec is not None and spec.continues and folder.is_adapter
+    # An adapter that starts a stage is continued if the stage writes one, else added to the base first.
+    continues = spec is not None and spec.lora.output == "adapter" and folder.is_adapter
     merges = folder.is_adapter and not continues
     if merges and quantization is not None:
         raise UserError(

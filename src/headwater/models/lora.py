@@ -42,11 +42,6 @@ class AdapterSpec:
     lora: Lora
     draw: tuple[str | int, ...]
 
-    @property
-    def continues(self) -> bool:
-        """Whether training continues the adapter that it starts from, instead of merging it into the base first."""
-        return self.lora.output == "adapter"
-
 
 @dataclass(frozen=True)
 class Adapter:

@@ -18,8 +18,8 @@ class PairFigures:
     single          share of the common spans that are one token on both sides
     span_tokens     mean number of the student's tokens in a common span
     shared          share of the student's vocabulary that the teacher has too
-    not_reversible  texts that the teacher's ids do not give back whole
-    unread          texts that the student's own ids do not give back
+    not_reversible  texts that do not round-trip through the teacher's tokenizer
+    unread          texts that do not round-trip through the student's own
     """
 
     texts: int

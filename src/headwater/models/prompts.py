@@ -73,9 +73,9 @@ class Prompter:
                     "turns from the data"
                 )
             earlier = [("system", self.prompt.system), *earlier]
-        texts = {"problem": question} | ({} if self.context is None else {"context": self.context})
-        fields_of_template = re.compile("|".join(rf"\{{{name}\}}" for name in texts))
-        turns = [*earlier, ("user", fields_of_template.sub(lambda name: texts[name[0][1:-1]], self.prompt.template))]
+        texts = {"{problem}": question} | ({} if self.context is None else {"{context}": self.context})
+        fields_of_template = "|".join(map(re.escape, texts))
+        turns = [*earlier, ("user", re.sub(fields_of_template, lambda field: texts[field[0]], self.prompt.template))]
         return [{"role": role, "content": content} for role, content in turns]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ def with_context(prompter: Prompter, prompt: Prompt, context: str | None) -> Pro
 
 
 def spelt_template(problem: Problem) -> str | None:
-    """The mark of a chat template that a problem spells itself, such as `<|im_start|>` or `Human:`; None if it spells none.
+    """The marker of a chat template in a problem's own text, such as `<|im_start|>` or `Human:`; None without one.
 
     Example: of `Human: 1+1?\\n\\nAssistant:` it is `Human:`; `Human: 1+1?` alone is a plain text.
     """

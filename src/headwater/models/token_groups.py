@@ -1,4 +1,4 @@
-"""Groups of tokens that divide two vocabularies, so that distributions over both can be compared."""
+"""Partition two vocabularies into common groups of tokens, so that distributions over both can be compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from headwater.models.token_bytes import MARK, TokenBytes, TokenPair, valid_prefix
 
 ROUNDS = 16
-"""Times that a piece is divided again by the other tokenizer before it counts as one without a common beginning."""
+"""Times that a piece is tokenized again, by each tokenizer in turn, before it counts as having no common prefix."""
 
 
 @dataclass(frozen=True)

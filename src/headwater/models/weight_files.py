@@ -17,7 +17,7 @@ from headwater.models.untrusted_files import Stored, read_header, read_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 INTEGERS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
-"""Types in which a matrix of weights means something only together with scales."""
+"""Types of quantized weights, which need scales."""
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|embed_positions\.weights|_extra_state)$"
 )
