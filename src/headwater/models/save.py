@@ -50,8 +50,7 @@ def merge_adapter(folder: Path, out: Path, dtype: str) -> None:
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"merge --dtype {dtype}: must be float32 or bfloat16")
-    source = ModelFolder(str(folder), "merge", str(folder))
-    if not source.is_adapter:
+    if not ModelFolder(str(folder), "merge", str(folder)).is_adapter:
         raise UserError(f"merge {folder}: holds no adapter (adapter_config.json, and no config.json)")
     if out.exists():
         raise UserError(f"merge {folder}: {out} exists already")
@@ -79,8 +78,9 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
             config.save_pretrained(folder)
         finally:
             model.config = loaded_config
-        if source.trust_remote_code and Path(source.base.path, CUSTOM_GENERATE).is_dir():
-            shutil.copytree(Path(source.base.path, CUSTOM_GENERATE), folder / CUSTOM_GENERATE)
+        generate = Path(source.base.path, CUSTOM_GENERATE)
+        if source.trust_remote_code and generate.is_dir():
+            shutil.copytree(generate, folder / CUSTOM_GENERATE)
     _write_tokenizer(policy.tokenizer, source, folder)
 
 
