@@ -35,11 +35,9 @@ def save_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
 
     All ranks must call it: the first gathers sharded weights in CPU memory and writes. The model in memory is unchanged.
     """
-    ranks = policy.ranks
-    with fsdp.unsharded(
-        policy, None if ranks.single_process else torch.device("cpu" if ranks.is_main else "meta")
-    ) as whole:
-        if ranks.is_main:
+    is_main = policy.ranks.is_main
+    with fsdp.unsharded(policy, torch.device("cpu" if is_main else "meta")) as whole:
+        if is_main:
             _write(whole, folder, dtype)
 
 

@@ -43,12 +43,10 @@ class TokenBytes:
     @staticmethod
     def of(tokenizer: Any, stop_ids: tuple[int, ...]) -> TokenBytes:
         """The end of a turn is what the chat template writes after one; else the tokenizer's EOS; else the first stop id."""
-        for id_ in (turn_end(tokenizer), getattr(tokenizer, "eos_token_id", None)):
-            if id_ is not None and id_ in stop_ids:
-                return TokenBytes(tokenizer, stop_ids, id_)
         if not stop_ids:
             raise UserError(f"{getattr(tokenizer, 'name_or_path', '') or 'a tokenizer'}: no id ends a completion")
-        return TokenBytes(tokenizer, stop_ids, stop_ids[0])
+        ends = (turn_end(tokenizer), getattr(tokenizer, "eos_token_id", None), stop_ids[0])
+        return TokenBytes(tokenizer, stop_ids, next(id_ for id_ in ends if id_ in stop_ids))
 
     @cached_property
     def table(self) -> Mapping[int, bytes]:
