@@ -11,7 +11,7 @@ from torch import nn
 from headwater.config.lora import Lora
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
-from headwater.models.lora import Adapter, require_peft
+from headwater.models.lora import Adapter, require_package
 from headwater.models.lora_targets import inject, peft_config, weight_name
 from headwater.models.shape import empty_model
 from headwater.models.untrusted_files import as_user_error
@@ -37,26 +37,26 @@ class Coverage:
 def coverage(folder: ModelFolder, lora: Lora) -> Coverage | None:
     """Build the model and its adapter without memory for weights, and compare their names.
 
-    None if the architecture cannot be built that way: the checks that load its weights then say why, or have no trouble with it.
+    None if the architecture cannot be built without weights; checks that load them report what is wrong, if anything is.
 
     Raises UserError if peft is missing, the targets name layers that get no adapter here, or saving would lose a weight or an adapter.
     """
-    require_peft("models.lora")
+    require_package("models.lora", "peft", "lora")
     try:
         with as_user_error("cannot be built"):
             plain, adapted = _empty_model(folder), _empty_model(folder)
     except UserError:
         return None
-    weights = {name: (owner, parameter) for owner, name, parameter in _matrices(plain)}
+    weights = _matrix_sizes(plain)
     layers = inject(adapted, peft_config(lora, adapted))
     adapter = Adapter(lora, folder.base.path, layers)
     names = {weight_name(path, layer) for path, layer in layers.items()}
     _refuse_lost(folder, plain, adapted, adapter)
-    total = sum(parameter.numel() for _, parameter in weights.values())
+    total = sum(weights.values())
     others = Counter[str]()
-    for name, (_, parameter) in weights.items():
+    for name, size in weights.items():
         if name not in names:
-            others[".".join(name.removesuffix(".weight").split(".")[-2:])] += parameter.numel()
+            others[".".join(name.removesuffix(".weight").split(".")[-2:])] += size
     return Coverage(total - others.total(), total, dict(others.most_common()))
 
 
@@ -64,12 +64,12 @@ def _empty_model(folder: ModelFolder) -> Any:
     return empty_model(folder.config, folder.trust_remote_code)
 
 
-def _matrices(model: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """(owner, name, parameter) of every matrix of the layers, fused experts included."""
+def _matrix_sizes(model: Any) -> dict[str, int]:
+    """Number of weights of every matrix of the layers by name, fused experts included."""
     head = model.get_output_embeddings()
     outside = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return [
-        (module, f"{path}.{name}", parameter)
+    return {
+        f"{path}.{name}": parameter.numel()
         for path, module in model.named_modules()
         if not isinstance(module, (nn.Embedding, nn.Conv1d))
         for name, parameter in module.named_parameters(recurse=False)
@@ -77,7 +77,7 @@ def _matrices(model: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
         and min(parameter.shape) > 1
         and not name.endswith("bias")
         and id(parameter) not in outside
-    ]
+    }
 
 
 def _refuse_lost(folder: ModelFolder, plain: Any, adapted: Any, adapter: Adapter) -> None:

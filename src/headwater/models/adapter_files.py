@@ -36,7 +36,8 @@ IGNORED = frozenset({
 """Entries that only matter while an adapter is created or trained: the weights in the file say which layers have one."""
 PATTERN = re.compile(r"[\w.^$\\|()*+\[\]-]{1,200}")
 """Characters of a rank_pattern or alpha_pattern that is evaluated."""
-MAX_REPEATS = 4
+MAX_CHOICES = 4
+"""Most repetitions and groups in one: a match may try every combination of their lengths and alternatives."""
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
@@ -90,8 +91,8 @@ def _unsupported_pattern(config: Mapping[str, Any]) -> str | None:
         for pattern, value in patterns.items():
             if not _is_number(value) or value <= 0:
                 return f"its {field} gives {value!r:.40} for {pattern!r:.80}; it must be a positive number"
-            repeats = len(re.findall(r"[*+]", pattern))
-            safe = PATTERN.fullmatch(pattern) and repeats <= MAX_REPEATS and not re.search(r"\)[*+]", pattern)
+            choices = len(re.findall(r"[*+(]", pattern))
+            safe = PATTERN.fullmatch(pattern) and choices <= MAX_CHOICES and not re.search(r"\)[*+]", pattern)
             try:
                 re.compile(pattern)
             except re.error:

@@ -17,7 +17,7 @@ from headwater.errors import UserError
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
 from headwater.models.folder import ModelFolder
-from headwater.models.lora import require_peft
+from headwater.models.lora import require_package
 from headwater.models.untrusted_files import as_user_error
 
 PASSED = (
@@ -155,7 +155,7 @@ def _untie(model: Any) -> None:
 
 
 def _merge_with_peft(model: Any, tensors: Mapping[str, Tensor], folder: ModelFolder) -> None:
-    require_peft(folder.field)
+    require_package(folder.field, "peft", "lora")
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     saved = folder.json(CONFIG)

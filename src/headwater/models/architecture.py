@@ -1,4 +1,4 @@
-"""What kind of model a config describes: refuse all but causal language models, and choose how a model computes."""
+"""Refuse the config of anything but a causal language model, and choose the attention implementation."""
 
 from __future__ import annotations
 
@@ -37,19 +37,12 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
 
     A model whose code the folder brings (`auto_map`) is judged when it is loaded.
     """
-    classifier = next(
-        (
-            architecture
-            for architecture in getattr(config, "architectures", None) or ()
-            if CLASSIFIERS.search(str(architecture))
-        ),
-        None,
-    )
-    if classifier is not None:
-        raise UnsupportedModelError(
-            f"{field}: {name} is no language model (its config.json names {classifier:.80}); name a model whose architectures are "
-            "…ForCausalLM"
-        )
+    for architecture in getattr(config, "architectures", None) or ():
+        if CLASSIFIERS.search(str(architecture)):
+            raise UnsupportedModelError(
+                f"{field}: {name} is no language model (its config.json names {architecture:.80}); name a model whose architectures "
+                "are …ForCausalLM"
+            )
     kind = config.model_type
     model = f"{field}: {name} is a {kind} model"
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwater.errors import UnsupportedModelError
 from headwater.models.architecture import WANTED
-from headwater.models.cached_forward import CachedBatch
+from headwater.models.cached_forward import CachedBatch, last_hidden
 from headwater.models.policy import Decoding, Policy
 from headwater.models.training_mode import at_inference
 from headwater.models.untrusted_files import as_user_error
@@ -71,9 +71,7 @@ def _selects_tokens(policy: Policy) -> bool:
 
 def _alone(policy: Policy, sequence: tuple[int, ...]) -> Tensor:
     """Hidden states (T, H) of one sequence without mask or cache."""
-    out = policy.body(input_ids=torch.tensor([sequence], device=policy.device), use_cache=False)
-    hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
-    return hidden[0]
+    return last_hidden(policy.body(input_ids=torch.tensor([sequence], device=policy.device), use_cache=False))[0]
 
 
 def _padding_is_exact(policy: Policy, sequences: tuple[tuple[int, ...], ...], alone: list[Tensor]) -> bool:
@@ -83,7 +81,7 @@ def _padding_is_exact(policy: Policy, sequences: tuple[tuple[int, ...], ...], al
     out = policy.body(
         input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device), use_cache=False
     )
-    hidden = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+    hidden = last_hidden(out)
     return all(_equal(hidden[row, : len(expected)], expected) for row, expected in enumerate(alone))
 
 

@@ -64,5 +64,10 @@ class CachedBatch:
             inputs["position_ids"] = position_AT
         out = self.body(**inputs)
         self.cache = getattr(out, self.cache_name)
-        hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
-        return hidden[:, -1]
+        return last_hidden(out)[:, -1]
+
+
+def last_hidden(out: Any) -> Tensor:
+    """Last hidden states (B, T, H) of a body's output; a whole model in the place of a body gives its logits."""
+    hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+    return hidden

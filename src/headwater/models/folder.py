@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -71,11 +71,6 @@ class ModelFolder:
         return Path(self.path).is_dir()
 
     @property
-    def is_cached(self) -> bool:
-        """Whether the hub's cache on this machine holds it."""
-        return isinstance(try_to_load_from_cache(self.path, "config.json"), str)
-
-    @property
     def is_adapter(self) -> bool:
         """Whether the folder holds a LoRA adapter and no model of its own."""
         return _is_adapter(Path(self.path))
@@ -84,7 +79,7 @@ class ModelFolder:
         """Raises UserError for a desk model that has not been pretrained yet, and for a hub id that cannot be loaded now."""
         if not self.is_local:
             self._require_on_hub()
-        if self.is_local and not list(Path(self.path).glob("*.safetensors")):
+        elif not list(Path(self.path).glob("*.safetensors")):
             raise UserError(
                 f"{self.field}: {self.name} has no weights yet; `python -m tools.pretrain desk`, in a checkout of the source, makes "
                 "them in ./desk"
@@ -111,7 +106,7 @@ class ModelFolder:
     def _require_on_hub(self) -> None:
         """Raises UserError for a hub id that is not in the cache while the hub cannot be reached, or that it does not have."""
         hub.unreachable()  # where it is, the libraries are told not to ask it, and read what is in the cache
-        if self.is_cached:
+        if isinstance(try_to_load_from_cache(self.path, "config.json"), str):
             return
         if hub.in_local_folder(self.name):
             likely = did_you_mean(self.name, hub.names_here(self.name))
@@ -209,7 +204,7 @@ class ModelFolder:
             return read_tokenizer(self.tokenizer_path, self.trust_remote_code, own)
 
     def _problem_of_tokenizer(self) -> str | None:
-        path, base = Path(self.tokenizer_path), self.base
+        path = Path(self.tokenizer_path)
         if path.is_relative_to(str(files("headwater"))):
             return None  # shipped with the package
         if not path.is_dir():
@@ -225,9 +220,16 @@ class ModelFolder:
             ]
             file = next((file for file in cached if file is not None), None)
             return None if file is None else problem_of_tokenizer(Path(file).parent, None)
-        tensors = WeightFiles(Path(base.path), base.field, base.name).tensors.values() if base.is_local else ()
+        tensors = self.weight_files.tensors.values() if self.base.is_local else ()
         rows = max((extent for stored in tensors for extent in stored.shape), default=None)
         return problem_of_tokenizer(path, rows)
+
+    @property
+    def weight_files(self) -> WeightFiles:
+        """The files with the full model's weights; those of a hub id are downloaded, as `from_pretrained` does."""
+        base = self.base
+        path = base.path if base.is_local else snapshot_download(base.path, allow_patterns=["model*.safetensors*"])
+        return WeightFiles(Path(path), base.field, base.name)
 
     @property
     def tokenizer_path(self) -> str:
@@ -283,11 +285,8 @@ def _is_adapter(folder: Path) -> bool:
     """Whether the weights are an adapter's: some trainers write the base's config.json beside them."""
     if not (folder / adapter_files.CONFIG).is_file():
         return False
-    return not (folder / "config.json").is_file() or not _model_weights(folder)
-
-
-def _model_weights(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.safetensors") if path.name != adapter_files.WEIGHTS]
+    of_model = [path for path in folder.glob("*.safetensors") if path.name != adapter_files.WEIGHTS]
+    return not (folder / "config.json").is_file() or not of_model
 
 
 def _resolve(name: str, field: str) -> str:

@@ -41,7 +41,7 @@ def shard_model(model: Any, ranks: ProcessGroup, device: torch.device) -> Any:
     unsharded_head = set(model.get_output_embeddings().parameters()) if frozen else set()
     block_names = set(getattr(model, "_no_split_modules", None) or ())
     # Registered as a forward method below, so that FSDP2's root hooks gather and free weights around the function it calls.
-    model.with_root_weights = _call
+    model.with_root_weights = lambda function: function()
     for module in [module for module in model.base_model.modules() if type(module).__name__ in block_names]:
         fully_shard(module, mesh=ranks.mesh)
     fully_shard(model, mesh=ranks.mesh, ignored_params=unsharded_head)
@@ -51,10 +51,6 @@ def shard_model(model: Any, ranks: ProcessGroup, device: torch.device) -> Any:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     return meta_model
-
-
-def _call(function: Callable[[], T]) -> T:
-    return function()
 
 
 def sharded_forward(policy: Policy, forward: Callable[[], T]) -> T:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +31,7 @@ def build_without_weights(base: ModelFolder, dtype: torch.dtype) -> Any | None:
             trust_remote_code=base.trust_remote_code,
             attn_implementation=attention_of(base.config),
         )
-    if not _matches(model, _files(base)):
+    if not _matches(model, base.weight_files):
         return None
     model.generation_config = base.generation_config
     return model
@@ -54,15 +52,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def local_folder(path: str) -> Path:
-    """The folder with the model's files; those of a hub id are downloaded, as `from_pretrained` does."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors*"]))
-
-
-def _files(base: ModelFolder) -> WeightFiles:
-    return WeightFiles(local_folder(base.path), base.field, base.name)
 
 
 def _matches(model: Any, files: WeightFiles) -> bool:
@@ -88,7 +77,7 @@ def load_shards(model: Any, base: ModelFolder, device: torch.device, ranks: Proc
     tensors = checkpoint_io.tensors_with_names(model)
     if not any(tensor.is_meta for tensor, _ in tensors):
         return
-    files, shards = _files(base), dict[str, Tensor]()
+    files, shards = base.weight_files, dict[str, Tensor]()
     stored = files.tensors
     for tensor, names in tensors:
         name = next((name for name in (name.replace(BASE, "") for name in names) if name in stored), None)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from headwater.models.untrusted_files import parse_json
+from headwater.models.untrusted_files import parse_object
 
 FILE = "generation_config.json"
 MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
@@ -39,11 +39,9 @@ def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[Genera
     """
     file = cached_file(path, FILE, _raise_exceptions_for_missing_entries=False)
     try:
-        entries = None if file is None else parse_json(Path(file).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        entries = None  # transformers derives it from the config then, too
-    if not isinstance(entries, dict):
-        entries = _derived(config)
+        entries = _derived(config) if file is None else parse_object(Path(file))
+    except ValueError:
+        entries = _derived(config)  # as transformers does
     _refuse_unusual({"eos_token_id": config.get("eos_token_id")})  # these end a completion, too
     _refuse_unusual(entries)
     valid = _valid(entries)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +23,13 @@ from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head, with_root_weights
 from headwater.models.training_mode import checkpoint_activations, disable_dropout
 from headwater.models.untrusted_files import as_user_error
-from headwater.models.weight_files import WeightFiles, unused_weights
+from headwater.models.weight_files import unused_weights
 
 SCORES = re.compile(r"(^|\.)(score|v_head|value_head|classifier|reward_head|regression_head)\.")
 """Weights of models that score texts."""
 
 SMALL_MODEL = 1_000_000
-"""Weights that may be missing from the files before the model is built, which then tells their names."""
+"""Weights that a config may describe beyond those in the files: so small a model is built, and the missing weights are named."""
 
 LARGE_BUFFERS = 1 << 30
 """Bytes that a model may always keep in tables that it computes, such as causal masks."""
@@ -76,7 +75,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
     base_frozen = options.frozen or spec is not None
     quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)
-    continues = spec is not None and spec.continues and folder.is_adapter
+    # An adapter that starts a stage is continued if the stage writes one, else added to the base first.
+    continues = spec is not None and spec.lora.output == "adapter" and folder.is_adapter
     merges = folder.is_adapter and not continues
     if merges and quantization is not None:
         raise UserError(
@@ -169,11 +169,9 @@ def _refuse_far_larger(folder: ModelFolder) -> None:
 
     Sizes that a config leaves out are those of a large model. Files of quantized weights hold several in one number.
     """
-    base = folder.base
-    if not base.is_local:
+    if not folder.base.is_local:
         return
-    files = WeightFiles(Path(base.path), base.field, base.name)
-    stored_numbers = sum(math.prod(stored.shape) for stored in files.tensors.values())
+    stored_numbers = sum(math.prod(stored.shape) for stored in folder.weight_files.tensors.values())
     per_number = 32 if getattr(folder.config, "quantization_config", None) else 2
     described = folder.shape.parameters
     if described > per_number * stored_numbers + SMALL_MODEL:
@@ -191,9 +189,7 @@ def _refuse_far_larger(folder: ModelFolder) -> None:
 
 def _refuse_unused(folder: ModelFolder, unexpected: Collection[str], model: Any) -> None:
     """Raises UserError if the files hold weights that no part of the model takes, so that it is not the model they belong to."""
-    base = folder.base
-    files = WeightFiles(fsdp_weights.local_folder(base.path), base.field, base.name)
-    unused = unused_weights(unexpected, files.tensors, model.config)
+    unused = unused_weights(unexpected, folder.weight_files.tensors, model.config)
     if unused:
         kind = " and would be a classifier's or a reward model's" if SCORES.search(unused[0]) else ""
         raise UserError(

@@ -42,11 +42,6 @@ class AdapterSpec:
     lora: Lora
     draw: tuple[str | int, ...]
 
-    @property
-    def continues(self) -> bool:
-        """Whether training continues the adapter that it starts from, instead of merging it into the base first."""
-        return self.lora.output == "adapter"
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -133,6 +128,8 @@ class Adapter:
 
         Sums are in float32; quantized weights are dequantized. Sharded weights are gathered: all ranks must read them all.
         """
+        from peft.utils.integrations import dequantize_module_weight
+
         modules = dict(model.named_modules())
         adapted = {weight_name(path, layer): layer for path, layer in self.layers.items()}
         for name, tensor in model.state_dict().items():
@@ -140,13 +137,11 @@ class Adapter:
             if ".lora_" in name or path not in modules:
                 continue  # the adapter itself, or quantization scales, which belong to no module of their own
             plain_name = name.replace(BASE, "")
-            weight = full_tensor(dequantized_weight(modules[path]) if attribute == "weight" else tensor)
+            weight = full_tensor(dequantize_module_weight(modules[path]).detach() if attribute == "weight" else tensor)
             if plain_name in adapted:
                 weight = weight.float() + update_of(adapted[plain_name])
-            if issubclass(getattr(modules[path], "source_cls", nn.Linear), Conv1D):
-                weight = (
-                    weight.t() if attribute == "weight" else weight
-                )  # transformers transposes GPT-2's to quantize them
+            if attribute == "weight" and issubclass(getattr(modules[path], "source_cls", nn.Linear), Conv1D):
+                weight = weight.t()  # transformers transposes GPT-2's to quantize them
             yield plain_name, weight
 
     def save(self, model: Any, folder: Path) -> None:
@@ -195,17 +190,10 @@ def low_rank_pair(layer: Any) -> tuple[Tensor, Tensor]:
     return down, up * layer.scaling[TRAINED]
 
 
-def dequantized_weight(module: Any) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Tensor = dequantize_module_weight(module)
-    return weight.detach()
-
-
-def require_peft(field: str) -> None:
-    """Raises UserError if peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{field}: needs peft, which is not installed; pip install 'headwater[lora]'")
+def require_package(field: str, package: str, extra: str) -> None:
+    """Raises UserError if a package of one of Headwater's extras is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{field}: needs {package}, which is not installed; pip install 'headwater[{extra}]'")
 
 
 def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder | None) -> Adapter:
@@ -213,24 +201,23 @@ def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder 
 
     Raises UserError if the targets match no matrix of the model, or `start` has another shape.
     """
-    require_peft("models.lora")
+    require_package("models.lora", "peft", "lora")
     lora, config = spec.lora, peft_config(spec.lora, model)
     model.requires_grad_(False)
     _keep_weight_layout(model)
     adapter = Adapter(lora, base, inject(model, config))
+    if start is not None:
+        inject(model, config, START)
     _to_float32(adapter)
     if start is None:
         _initialize(adapter, spec.draw)
-    else:
-        inject(model, config, START)
-        _to_float32(adapter)
-        if not _load(adapter, start):
-            saved = start.json(CONFIG)
-            raise UserError(
-                f"{start.field}: {start.path} holds an adapter of another shape than models.lora asks for (r {saved.get('r')}, "
-                f"alpha {saved.get('lora_alpha')}, targets {saved.get('target_modules')!s:.100}); set the same values, or merge "
-                "it first (`headwater merge`)"
-            )
+    elif not _load(adapter, start):
+        saved = start.json(CONFIG)
+        raise UserError(
+            f"{start.field}: {start.path} holds an adapter of another shape than models.lora asks for (r {saved.get('r')}, "
+            f"alpha {saved.get('lora_alpha')}, targets {saved.get('target_modules')!s:.100}); set the same values, or merge "
+            "it first (`headwater merge`)"
+        )
     for layer in adapter.layers.values():
         layer.set_adapter(TRAINED)
     return adapter
@@ -280,10 +267,7 @@ def quantization_config(kind: str | None, compute_dtype: torch.dtype) -> Any:
     """transformers' setting for a frozen base in four bits; None for no quantization. Raises UserError without bitsandbytes."""
     if kind is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "models.lora.quantize: needs bitsandbytes, which is not installed; pip install 'headwater[qlora]'"
-        )
+    require_package("models.lora.quantize", "bitsandbytes", "qlora")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -302,29 +286,16 @@ def _keep_weight_layout(model: Any) -> None:
 
 
 class ReferenceBody(nn.Module):
-    """An adapted model's body with the adapter disabled: a KL reference without weights of its own."""
+    """An adapted model's body as it was before training, or as a copy of its adapter has it: a reference on the same weights.
 
-    def __init__(self, body: nn.Module, adapter: Adapter) -> None:
+    values  a copy of the adapter's matrices, which can follow those that train (`training.moving_copy`); None disables the adapter
+    """
+
+    def __init__(self, body: nn.Module, adapter: Adapter, values: nn.ParameterList | None = None) -> None:
         super().__init__()
         self.body = (body,)  # in a tuple: not a submodule, whose mode or device could be changed through this one
-        self.adapter = adapter
+        self.adapter, self.values = adapter, values
 
     def forward(self, **inputs: Any) -> Any:
-        with self.adapter.disabled():
-            return self.body[0](**inputs)
-
-
-class FollowingBody(nn.Module):
-    """An adapted model's body with a copy of its adapter, which can follow the one that trains (`training.moving_copy`)."""
-
-    def __init__(self, body: nn.Module, adapter: Adapter) -> None:
-        super().__init__()
-        self.body = (body,)  # as in ReferenceBody
-        self.adapter = adapter
-        self.values = nn.ParameterList(
-            nn.Parameter(matrix.detach().clone(), requires_grad=False) for matrix in adapter.matrices()
-        )
-
-    def forward(self, **inputs: Any) -> Any:
-        with self.adapter.exchanged(list(self.values)):
+        with self.adapter.disabled() if self.values is None else self.adapter.exchanged(list(self.values)):
             return self.body[0](**inputs)

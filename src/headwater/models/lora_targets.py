@@ -119,15 +119,13 @@ def layer_name(path: str, layer: Any) -> str:
 
 def saved_targets(model: Any, layers: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     """Fields of a LoraConfig with which peft adapts these layers of the plain model and no others."""
-    names = {name.replace(BASE, "") for name, _ in model.named_modules() if ".lora_" not in name}
     linear = {path.replace(BASE, ""): layer for path, layer in layers.items() if not hasattr(layer, "parameter_name")}
-    fields: dict[str, Any] = {"target_modules": sorted(_suffixes(linear, names))}
+    fields: dict[str, Any] = {"target_modules": sorted(_suffixes(linear, model.named_modules()))}
     if any(layer.fan_in_fan_out for layer in linear.values()):
         fields["fan_in_fan_out"] = True
     other = {weight_name(path, layer): layer for path, layer in layers.items() if hasattr(layer, "parameter_name")}
     if other:
-        plain = {name.replace(BASE, "") for name, _ in model.named_parameters() if ".lora_" not in name}
-        suffixes = _suffixes(other, plain)
+        suffixes = _suffixes(other, model.named_parameters())
         fields["target_parameters"] = sorted(suffixes)
         # peft gives experts whose two matrices were fused twice the rank, and so twice the alpha.
         fields["rank_pattern"] = {
@@ -137,18 +135,16 @@ def saved_targets(model: Any, layers: Mapping[str, Any], lora: Lora) -> dict[str
     return fields
 
 
-def _suffixes(layers: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _suffixes(layers: Mapping[str, Any], named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Shortest ends of names that match the given layers and nothing else of the model -> one layer that they match."""
+    others = {name.replace(BASE, "") for name, _ in named if ".lora_" not in name} - layers.keys()
     suffixes: dict[str, Any] = {}
-    left, names, count = dict(layers), list(names), 0
+    left, count = dict(layers), 0
     while left:
         count += 1
-        only_adapted: dict[str, bool] = {}
-        for name in names:
-            end = _end(name, count)
-            only_adapted[end] = only_adapted.get(end, True) and name in layers
-        suffixes |= {_end(name, count): layer for name, layer in left.items() if only_adapted[_end(name, count)]}
-        left = {name: layer for name, layer in left.items() if not only_adapted[_end(name, count)]}
+        ends = {_end(name, count) for name in others}
+        suffixes |= {_end(name, count): layer for name, layer in left.items() if _end(name, count) not in ends}
+        left = {name: layer for name, layer in left.items() if _end(name, count) in ends}
     return suffixes
 
 

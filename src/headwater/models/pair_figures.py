@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headwater.models.token_bytes import TokenBytes, TokenPair
+from headwater.models.token_bytes import TokenPair
 from headwater.models.token_groups import VocabularyGroups
 
 
@@ -18,8 +18,8 @@ class PairFigures:
     single          share of the common spans that are one token on both sides
     span_tokens     mean number of the student's tokens in a common span
     shared          share of the student's vocabulary that the teacher has too
-    not_reversible  texts that the teacher's ids do not give back whole
-    unread          texts that the student's own ids do not give back
+    not_reversible  texts that do not round-trip through the teacher's tokenizer
+    unread          texts that do not round-trip through the student's own
     """
 
     texts: int
@@ -46,7 +46,7 @@ def measure(pair: TokenPair, texts: Sequence[str]) -> PairFigures:
     """
     tokens = aligned = spans_count = single = lost = unread = 0
     for text in texts:
-        ids = ids_of(pair.student, text)
+        ids = (*pair.student.ids_of(text), pair.student.end_id)
         pieces = pair.student.pieces(ids)
         _, spans = pair.teacher.translate(pieces)
         unread += b"".join(pieces[:-1]) != text.encode()
@@ -63,8 +63,3 @@ def measure(pair: TokenPair, texts: Sequence[str]) -> PairFigures:
         lost,
         unread,
     )
-
-
-def ids_of(tokens: TokenBytes, text: str) -> tuple[int, ...]:
-    """Ids of a whole completion, with its end."""
-    return (*tokens.tokenizer(text, add_special_tokens=False)["input_ids"], tokens.end_id)

@@ -17,6 +17,7 @@ from headwater.losses.batch import Batch, Row, collate, collate_packed, microbat
 from headwater.losses.output_head import Head, LinearHead
 from headwater.losses.packing import gather_rows
 from headwater.models import lora
+from headwater.models.cached_forward import last_hidden
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import packed_hidden
 from headwater.models.shape import Shape
@@ -124,8 +125,7 @@ class Policy:
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Last hidden states (B, T, H) of right-padded sequences, as the head expects them."""
         with self.autocast():
-            out = self.body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-        return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+            return last_hidden(self.body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False))
 
     @property
     def logits(self) -> Head:
@@ -147,10 +147,8 @@ class Policy:
         head = self.logits
         if not isinstance(head, LinearHead) or self.has_whole_head:
             return head
-        weight_VH, bias_V = (
-            None if own is None else full_tensor(own.to(head.dtype)) for own in (head.weight_VH, head.bias_V)
-        )
-        assert weight_VH is not None
+        weight_VH = full_tensor(head.weight_VH.to(head.dtype))
+        bias_V = None if head.bias_V is None else full_tensor(head.bias_V.to(head.dtype))
         return LinearHead(weight_VH, bias_V, head.dtype)
 
     def _through_head(self, hidden: Tensor) -> Tensor:
@@ -165,7 +163,8 @@ class Policy:
     def following(self) -> Policy:
         """An adapted policy with a copy of its adapter, on the same weights. Do not run it while the policy itself runs."""
         assert self.adapter is not None
-        return replace(self, body=lora.FollowingBody(self.body, self.adapter), adapter=None)
+        copies = (nn.Parameter(matrix.detach().clone(), requires_grad=False) for matrix in self.adapter.matrices())
+        return replace(self, body=lora.ReferenceBody(self.body, self.adapter, nn.ParameterList(copies)), adapter=None)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights under the model's own names, with an adapter added in; others are the tensors in memory.

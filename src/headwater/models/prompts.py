@@ -73,9 +73,9 @@ class Prompter:
                     "turns from the data"
                 )
             earlier = [("system", self.prompt.system), *earlier]
-        texts = {"problem": question} | ({} if self.context is None else {"context": self.context})
-        fields_of_template = re.compile("|".join(rf"\{{{name}\}}" for name in texts))
-        turns = [*earlier, ("user", fields_of_template.sub(lambda name: texts[name[0][1:-1]], self.prompt.template))]
+        texts = {"{problem}": question} | ({} if self.context is None else {"{context}": self.context})
+        fields_of_template = "|".join(map(re.escape, texts))
+        turns = [*earlier, ("user", re.sub(fields_of_template, lambda field: texts[field[0]], self.prompt.template))]
         return [{"role": role, "content": content} for role, content in turns]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
@@ -124,10 +124,7 @@ class Prompter:
     @cached_property
     def _special_ids(self) -> tuple[frozenset[int], frozenset[int]]:
         """(ids of the marks of thinking, other special ids)."""
-        tokenizer = self.tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {id_: token.content for id_, token in added.items() if token.special}
-        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special = special_tokens(self.tokenizer)
         thinking = frozenset(id_ for id_, content in special.items() if is_thinking_mark(content))
         return thinking, frozenset(special) - thinking
 
@@ -144,7 +141,7 @@ def with_context(prompter: Prompter, prompt: Prompt, context: str | None) -> Pro
 
 
 def spelt_template(problem: Problem) -> str | None:
-    """The mark of a chat template that a problem spells itself, such as `<|im_start|>` or `Human:`; None if it spells none.
+    """The marker of a chat template in a problem's own text, such as `<|im_start|>` or `Human:`; None without one.
 
     Example: of `Human: 1+1?\\n\\nAssistant:` it is `Human:`; `Human: 1+1?` alone is a plain text.
     """
@@ -188,6 +185,13 @@ def render_chat(
         remedy = "; change these turns, prompt.system or the chat template" if type(error) is TemplateError else ""
         raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail}){remedy}") from None
     return text
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> spelling of the special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {id_: token.content for id_, token in added.items() if token.special}
+    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def turn_end(tokenizer: Any) -> int | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 PAGE_BYTES = resource.getpagesize()
 LAYOUT_SECONDS, LAYOUT_MB = 120.0, 4096
@@ -15,7 +15,7 @@ LAYOUT_SECONDS, LAYOUT_MB = 120.0, 4096
 
 
 class OutOfTimeError(BaseException):
-    """The time limit is over. No Exception: Jinja's constant folding and other code of libraries would suppress it and go on."""
+    """The time limit has passed. A BaseException, because Jinja's constant folding and other library code ignore an Exception."""
 
 
 @contextlib.contextmanager
@@ -62,12 +62,8 @@ def layout_limits() -> Iterator[None]:
 
 
 def _used() -> int:
-    """Bytes of address space in use; where the system does not tell, a number so large that it limits nothing."""
+    """Bytes of address space in use; a number too large to limit anything on a system without /proc."""
     try:
-        statm = os.open("/proc/self/statm", os.O_RDONLY)
+        return int(Path("/proc/self/statm").read_bytes().split()[0]) * PAGE_BYTES
     except OSError:
         return 1 << 62
-    try:
-        return int(os.read(statm, 100).split()[0]) * PAGE_BYTES
-    finally:
-        os.close(statm)

@@ -1,4 +1,4 @@
-"""Rotary positions: how many a model has, and where their rule depends on the length of the whole sequence.
+"""Rotary positions: how many a model has, and scaling rules that depend on the length of the sequence.
 
 Under `longrope` (Phi-3, Phi-4) and `dynamic` NTK scaling transformers computes the angles of every position, the first one too, from
 the longest sequence of the batch. Beyond a length the log-probs of one row then depend on the rows beside it, and keys that a

@@ -35,11 +35,9 @@ def save_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
 
     All ranks must call it: the first gathers sharded weights in CPU memory and writes. The model in memory is unchanged.
     """
-    ranks = policy.ranks
-    with fsdp.unsharded(
-        policy, None if ranks.single_process else torch.device("cpu" if ranks.is_main else "meta")
-    ) as whole:
-        if ranks.is_main:
+    is_main = policy.ranks.is_main
+    with fsdp.unsharded(policy, torch.device("cpu" if is_main else "meta")) as whole:
+        if is_main:
             _write(whole, folder, dtype)
 
 
@@ -50,8 +48,7 @@ def merge_adapter(folder: Path, out: Path, dtype: str) -> None:
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"merge --dtype {dtype}: must be float32 or bfloat16")
-    source = ModelFolder(str(folder), "merge", str(folder))
-    if not source.is_adapter:
+    if not ModelFolder(str(folder), "merge", str(folder)).is_adapter:
         raise UserError(f"merge {folder}: holds no adapter (adapter_config.json, and no config.json)")
     if out.exists():
         raise UserError(f"merge {folder}: {out} exists already")
@@ -79,8 +76,9 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
             config.save_pretrained(folder)
         finally:
             model.config = loaded_config
-        if source.trust_remote_code and Path(source.base.path, CUSTOM_GENERATE).is_dir():
-            shutil.copytree(Path(source.base.path, CUSTOM_GENERATE), folder / CUSTOM_GENERATE)
+        generate = Path(source.base.path, CUSTOM_GENERATE)
+        if source.trust_remote_code and generate.is_dir():
+            shutil.copytree(generate, folder / CUSTOM_GENERATE)
     _write_tokenizer(policy.tokenizer, source, folder)
 
 
@@ -129,9 +127,8 @@ def _without_adapter(model: Any, config: Any) -> Any:
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(config))
     plain.generation_config = model.generation_config
-    plain._weight_conversions = getattr(
-        model, "_weight_conversions", None
-    )  # from names in memory to those in the files
+    # From names in memory to those in the files.
+    plain._weight_conversions = getattr(model, "_weight_conversions", None)
     return plain
 
 
@@ -148,7 +145,7 @@ def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
     except Exception as error:
         if not files.is_dir() or disk_errno(error) is not None:
             raise
-    for path in Path(source.tokenizer_path).iterdir():
+    for path in files.iterdir():
         if path.is_dir() and path.name == CHAT_TEMPLATES:
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):

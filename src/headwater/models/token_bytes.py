@@ -11,7 +11,7 @@ from typing import Any
 
 from headwater.errors import UserError
 from headwater.losses.alignment import Spans, align
-from headwater.models.prompts import turn_end
+from headwater.models.prompts import special_tokens, turn_end
 from headwater.types import Rollout
 
 MARK = b"\xff"
@@ -21,14 +21,10 @@ END = MARK + b"end of turn"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 characters are themselves, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_ALPHABET = byte_alphabet()
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
+"""Character -> byte of byte-level BPE (GPT-2): printable Latin-1 characters are themselves, the others follow from U+0100 on."""
 
 
 @dataclass(frozen=True)
@@ -47,36 +43,34 @@ class TokenBytes:
     @staticmethod
     def of(tokenizer: Any, stop_ids: tuple[int, ...]) -> TokenBytes:
         """The end of a turn is what the chat template writes after one; else the tokenizer's EOS; else the first stop id."""
-        for id_ in (turn_end(tokenizer), getattr(tokenizer, "eos_token_id", None)):
-            if id_ is not None and id_ in stop_ids:
-                return TokenBytes(tokenizer, stop_ids, id_)
         if not stop_ids:
             raise UserError(f"{getattr(tokenizer, 'name_or_path', '') or 'a tokenizer'}: no id ends a completion")
-        return TokenBytes(tokenizer, stop_ids, stop_ids[0])
+        ends = (turn_end(tokenizer), getattr(tokenizer, "eos_token_id", None), stop_ids[0])
+        return TokenBytes(tokenizer, stop_ids, next(id_ for id_ in ends if id_ in stop_ids))
 
     @cached_property
     def table(self) -> Mapping[int, bytes]:
         """Id -> bytes of the token: part of a character where the token holds no more, `MARK` and the name for a special token."""
-        tokenizer = self.tokenizer
-        added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
-        special = set(tokenizer.all_special_ids) | {id_ for id_, token in added.items() if token.special}
-        kind = _kind(tokenizer)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special, kind = special_tokens(self.tokenizer), _kind(self.tokenizer)
         table: dict[int, bytes] = {}
-        for name, id_ in tokenizer.get_vocab().items():
+        for name, id_ in self.tokenizer.get_vocab().items():
             if id_ in special:
-                text = name if isinstance(name, bytes) else str(name).encode()
-                table[id_] = MARK + text
+                table[id_] = MARK + _piece_bytes(name, "text")
             elif id_ in added:
                 table[id_] = added[id_].content.encode()
             else:
                 table[id_] = _piece_bytes(name, kind)
         return table | {self.end_id: END}
 
+    def ids_of(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens around it."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
     @cached_property
     def starts_with_space(self) -> bool:
         """Whether the tokenizer writes a space before a text that has none (SentencePiece), which is no part of the text."""
-        ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        return bool(ids) and b"".join(self.table.get(id_, b"") for id_ in ids) == b" a"
+        return b"".join(self.table.get(id_, b"") for id_ in self.ids_of("a")) == b" a"
 
     def pieces(self, ids: Sequence[int]) -> list[bytes]:
         """Bytes of each id of a completion; a last id that ends it is `END`. An id that no token has gives `MARK` and its number.
@@ -99,11 +93,6 @@ class TokenBytes:
             ids.setdefault(self.table[id_], id_)
         return ids
 
-    @cached_property
-    def special_ids(self) -> Mapping[bytes, int]:
-        """Bytes -> id of the special tokens."""
-        return {piece: id_ for piece, id_ in self.ids.items() if piece.startswith(MARK)}
-
     def encode(self, pieces: Sequence[bytes]) -> list[int]:
         """Ids of a text that is given in pieces of another tokenizer.
 
@@ -116,13 +105,13 @@ class TokenBytes:
             if not piece.startswith(MARK):
                 text += piece
                 continue
-            whole = _valid_prefix(bytes(text))
-            ids += _encode(self.tokenizer, whole)
-            if len(whole.encode()) < len(text) or piece not in self.special_ids:
+            whole = valid_prefix(bytes(text))
+            ids += self.ids_of(whole)
+            if len(whole.encode()) < len(text) or piece not in self.ids:
                 return ids
-            ids.append(self.special_ids[piece])
+            ids.append(self.ids[piece])
             text.clear()
-        return ids + _encode(self.tokenizer, _valid_prefix(bytes(text)))
+        return ids + self.ids_of(valid_prefix(bytes(text)))
 
     def translate(self, pieces: Sequence[bytes]) -> tuple[tuple[int, ...], Spans]:
         """Ids of another tokenizer's text in this one, and the spans of (the other, this one).
@@ -188,13 +177,7 @@ def _backend(tokenizer: Any) -> str | int:
     return json.dumps([parts.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")])
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if not text:
-        return []
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _valid_prefix(text: bytes) -> str:
+def valid_prefix(text: bytes) -> str:
     """The longest prefix that is UTF-8."""
     try:
         return text.decode()

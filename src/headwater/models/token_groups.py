@@ -1,4 +1,4 @@
-"""Groups of tokens that divide two vocabularies, so that distributions over both can be compared."""
+"""Partition two vocabularies into common groups of tokens, so that distributions over both can be compared."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from headwater.models.token_bytes import MARK, TokenBytes, TokenPair
+from headwater.models.token_bytes import MARK, TokenBytes, TokenPair, valid_prefix
 
 ROUNDS = 16
-"""Times that a piece is divided again by the other tokenizer before it counts as one without a common beginning."""
+"""Times that a piece is tokenized again, by each tokenizer in turn, before it counts as having no common prefix."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class VocabularyGroups:
 
 def first_pieces(tokens: TokenBytes, texts: Sequence[bytes]) -> list[bytes]:
     """The first token of each text, as bytes; of one that is no UTF-8, the longest token that it begins with; else nothing."""
-    decodable = {text: text.decode() for text in texts if _is_utf8(text)}
+    decodable = {text: prefix for text in texts if (prefix := valid_prefix(text)).encode() == text}
     batch = list(decodable.values())
     ids = tokens.tokenizer(batch, add_special_tokens=False)["input_ids"] if batch else []
     first = {text: tokens.pieces(own)[:1] for text, own in zip(decodable, ids, strict=True)}
@@ -101,11 +101,3 @@ def first_pieces(tokens: TokenBytes, texts: Sequence[bytes]) -> list[bytes]:
 
 def _longest(tokens: TokenBytes, text: bytes) -> bytes:
     return next((text[:end] for end in range(len(text), 0, -1) if text[:end] in tokens.ids), b"")
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

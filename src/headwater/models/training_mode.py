@@ -1,4 +1,4 @@
-"""Keep a model deterministic while it trains, with activations recomputed in the backward pass or not."""
+"""Deterministic training: no dropout, activation checkpointing without random layers, evaluation mode for inference."""
 
 from __future__ import annotations
 

@@ -28,6 +28,9 @@ MAX_SMALL_BYTES, MAX_JSON_VALUES = 8 << 20, 6_000_000
 with twice as many merges has 2 million."""
 MAX_BYTES = {".json": 64 << 20, ".model": 128 << 20, ".txt": 128 << 20, ".jinja": 1 << 20}
 """Largest file that is read whole, by its ending."""
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner", "num_labels")
+"""Entries of a config.json that can be no larger than the number of tensors, and of the numbers in them."""
 
 
 class TooManyValuesError(ValueError):
@@ -91,17 +94,27 @@ def parse_json(data: bytes) -> Any:
     return json.loads(data.decode("utf-8"))
 
 
-def read_object(path: Path, field: str, name: str) -> dict[str, Any]:
-    """A JSON object. Raises UserError that names field and file."""
+def parse_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError with a sentence that begins with the file's name."""
     try:
         value = parse_json(path.read_bytes())
     except TooManyValuesError as error:
-        raise UserError(f"{field}: {name} cannot be loaded ({path.name} {error})") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{field}: {name} cannot be loaded ({path.name} is not JSON: {error})") from None
+        raise ValueError(f"{path.name} {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{field}: {name} cannot be loaded ({path.name} is no JSON object but {type(value).__name__})")
+        raise ValueError(f"{path.name} is no JSON object but {type(value).__name__}")
     return value
+
+
+def read_object(path: Path, field: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError that names field and file."""
+    try:
+        return parse_object(path)
+    except ValueError as error:
+        raise UserError(f"{field}: {name} cannot be loaded ({error})") from None
 
 
 def refuse_code(config: Mapping[str, Any], path: Path, field: str) -> None:
@@ -161,19 +174,13 @@ def refuse_unlike_weights(config: Mapping[str, Any], folder: Path, field: str, n
 
     A config of a few bytes can request a billion layers, and the missing weights would be filled with random numbers.
     """
-    tensors, numbers = 0, 0
-    for path in folder.glob("*.safetensors"):
-        shapes = [stored.shape for stored in read_header(path, field, name).values()]
-        tensors += len(shapes)
-        numbers += sum(math.prod(shape) for shape in shapes)
-    limits = [
-        (("num_hidden_layers", "n_layer", "num_layers"), tensors, f"{tensors} tensors"),
-        (
-            ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner", "num_labels"),
-            max(numbers, 1),
-            f"{numbers:,} numbers",
-        ),
-    ]
+    headers = [read_header(path, field, name) for path in folder.glob("*.safetensors")]
+    tensors = sum(map(len, headers))
+    numbers = sum(math.prod(stored.shape) for header in headers for stored in header.values())
+    limits = (
+        (LAYERS, tensors, f"{tensors} tensors"),
+        (SIZES, max(numbers, 1), f"{numbers:,} numbers"),
+    )
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for keys, limit, weights in limits:
             for key in keys:

@@ -1,8 +1,8 @@
 """Check tokenizer files from unknown sources before native code opens them.
 
 The tokenizers library is native code: a file that asks it for too much memory ends the whole process, and nothing can interrupt it.
-Ids, sizes and replacements that multiply a text are judged from the JSON. A file that holds anything else than parts whose cost is
-known is first opened in a process of its own, with limits of time and memory.
+Ids, sizes and replacements that multiply a text are checked in the JSON. A file with a part of unknown cost is first opened in a
+child process with time and memory limits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from headwater.errors import CONTROL_CHARACTERS
 from headwater.models.tokenizer import PROBES
-from headwater.models.untrusted_files import TooManyValuesError, parse_json
+from headwater.models.untrusted_files import parse_object
+
+T = TypeVar("T")
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 CONVERTED = ("tokenizer.model", "spiece.model", "tiktoken.model", "sentencepiece.bpe.model")
@@ -69,18 +71,10 @@ def problem_of_tokenizer(folder: Path, rows: int | None) -> str | None:
 
 @lru_cache(maxsize=512)
 def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | None) -> str | None:
-    values = {}
-    for path, _, _ in states:
-        if path.suffix == ".json":
-            try:
-                values[path.name] = parse_json(path.read_bytes())
-            except TooManyValuesError as error:
-                return f"{path.name} {error}"
-            except (OSError, ValueError, RecursionError) as error:
-                kind = "is nested too deeply" if isinstance(error, RecursionError) else "is not JSON"
-                return f"{path.name} {kind}"
-            if not isinstance(values[path.name], dict):
-                return f"{path.name} is no JSON object but {type(values[path.name]).__name__}"
+    try:
+        values = {path.name: parse_object(path) for path, _, _ in states if path.suffix == ".json"}
+    except ValueError as error:
+        return str(error)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         keys = (key for part in _parts(values.get(name)) for key in part)
         if any(map(CONTROL_CHARACTERS.search, keys)):  # native code prints the names of settings that it does not know
@@ -93,10 +87,10 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
         if largest >= limit:
             holds = "no vocabulary reaches it" if rows is None else f"the model's largest weight has {rows} rows"
             return f"{name} gives a token the id {largest}, and {holds}"
-    tokenizer = values.get("tokenizer.json")
+    tokenizer = values.get("tokenizer.json", {})
     encoded = 1
     for section in SECTIONS:
-        parts = list(itertools.islice(_parts((tokenizer or {}).get(section)), MAX_PARTS + 1))
+        parts = list(itertools.islice(_parts(tokenizer.get(section)), MAX_PARTS + 1))
         if len(parts) > MAX_PARTS:
             return f"the {section} in tokenizer.json has over {MAX_PARTS:,} parts"
         growth = math.prod(map(_growth, parts))
@@ -106,36 +100,42 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
             encoded *= growth
     if encoded > MAX_GROWTH:
         return f"the {', '.join(ENCODING[:-1])} and {ENCODING[-1]} in tokenizer.json together make a text {encoded:.3g} times as long"
-    if (longest := _longest_word(tokenizer or {})) > MAX_WORD:
+    if (longest := _longest_word(tokenizer)) > MAX_WORD:
         return f"tokenizer.json splits words of up to {longest} characters, over {MAX_WORD:,}, in time that grows with their cube"
-    contents = _added_contents(tokenizer or {})
-    if sum(map(len, contents)) > MAX_ADDED_CHARACTERS:
+    if sum(map(len, _added_contents(tokenizer))) > MAX_ADDED_CHARACTERS:
         return f"the added tokens in tokenizer.json have over {MAX_ADDED_CHARACTERS:,} characters"
-    if tokenizer is not None and _is_ordinary(tokenizer):
+    if _is_ordinary(tokenizer):
         return None
     first = next((state for state in states if state[0].name in ("tokenizer.json", *CONVERTED)), None)
     if first is None:
         return None
     patterns = {part["Regex"] for part in _parts(tokenizer) if isinstance(part.get("Regex"), str)}
     characters = sorted(set("".join(patterns)))[:MAX_CHARACTERS]
-    return _problem_in_child(
-        first[0], first[1], [character * 60 + end for character in characters for end in ("~", "")]
-    )
+    path, size, _ = first
+    return _problem_in_child(path, size, [character * 60 + end for character in characters for end in ("~", "")])
 
 
 def _ids(name: str, value: dict[str, Any]) -> Iterator[int]:
     """Every token id in a file, and every one that a digit string spells."""
+    candidates: list[Any]
     if name == "tokenizer.json":
-        model, added = value.get("model"), value.get("added_tokens")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        candidates = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-        candidates += vocabulary.values() if isinstance(vocabulary, dict) else ()
+        vocabulary = _entry(_entry(value, "model", dict), "vocab", dict)
+        candidates = [*vocabulary.values(), *(token.get("id") for token in _added_tokens(value))]
     elif name == "tokenizer_config.json":
-        added = value.get("added_tokens_decoder")
-        candidates = [int(key) for key in added if key.isdecimal()] if isinstance(added, dict) else []
+        candidates = [int(key) for key in _entry(value, "added_tokens_decoder", dict) if key.isdecimal()]
     else:
         candidates = list(value.values())
     yield from (number for number in candidates if isinstance(number, int))
+
+
+def _entry(value: dict[str, Any], key: str, kind: type[T]) -> T:
+    """An entry of a JSON object; an empty value of that type where it is missing or of another type."""
+    entry = value.get(key)
+    return entry if isinstance(entry, kind) else kind()
+
+
+def _added_tokens(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
+    return [token for token in _entry(tokenizer, "added_tokens", list) if isinstance(token, dict)]
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
@@ -152,43 +152,33 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 def _growth(part: dict[str, Any]) -> int:
     """How many times as long a text can become in one part."""
-    kind, pattern = part.get("type"), part.get("pattern")
+    kind = part.get("type")
     if kind == "ByteLevel":
         return 2  # a character for each byte, of up to two bytes
     if kind == "TemplateProcessing":
-        pieces = part.get("single")
-        return (
-            max(1, sum("Sequence" in piece for piece in pieces if isinstance(piece, dict)))
-            if isinstance(pieces, list)
-            else 1
-        )
+        return max(1, sum("Sequence" in piece for piece in _entry(part, "single", list) if isinstance(piece, dict)))
     text = part.get("content" if kind == "Replace" else "prepend")
     if kind not in ("Replace", "Prepend") or not isinstance(text, str):
         return 1
-    literal = pattern.get("String") if isinstance(pattern, dict) else None
-    if isinstance(literal, str) and literal:
+    literal = _entry(_entry(part, "pattern", dict), "String", str)
+    if literal:
         return max(1, math.ceil(len(text) / len(literal)))
     return max(1, len(text)) if kind == "Prepend" else 1 + len(text)  # a regular expression may match the empty text
 
 
 def _added_contents(tokenizer: dict[str, Any]) -> list[str]:
-    added = tokenizer.get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return [token["content"] for token in tokens if isinstance(token.get("content"), str)]
+    return [_entry(token, "content", str) for token in _added_tokens(tokenizer)]
 
 
 def _longest_word(tokenizer: dict[str, Any]) -> float:
     """Characters of the longest word that a WordPiece model splits; 0 for other models."""
-    model = tokenizer.get("model")
-    longest = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    longest = _entry(tokenizer, "model", dict).get("max_input_chars_per_word")
     return longest if isinstance(longest, (int, float)) else 0
 
 
 def _is_ordinary(tokenizer: dict[str, Any]) -> bool:
     """Whether a tokenizer.json holds only parts whose cost is known."""
-    model = tokenizer.get("model")
-    if not isinstance(model, dict):
-        return False
+    model = _entry(tokenizer, "model", dict)
     if model.get("type") not in ORDINARY or not isinstance(model.get("vocab"), (dict, list)):
         return False
     settings = {key: value for key, value in model.items() if key not in ("vocab", "merges", "type")}
@@ -222,14 +212,15 @@ def _problem_in_child(path: Path, size: int, texts: Sequence[str]) -> str | None
     """What is wrong with a tokenizer in use on these texts and the probes, by another process."""
     megabytes = CHILD_MEGABYTES + 32 * (size >> 20)
     seconds = CHILD_SECONDS + (size >> 20)
-    setup = {"path": str(path), "seconds": seconds, "megabytes": megabytes, "texts": ["1", *PROBES, *texts]}
-    setup["sys_path"] = sys.path
+    setup = {
+        "path": str(path), "seconds": seconds, "megabytes": megabytes, "texts": ["1", *PROBES, *texts], "sys_path": sys.path,
+    }  # fmt: skip
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
-    program: Sequence[str] = (sys.executable, "-I", str(Path(__file__).with_name("tokenizer_child.py")))
+    program = [sys.executable, "-I", str(Path(__file__).with_name("tokenizer_child.py"))]
     limits = f"takes more than {seconds} seconds or {megabytes} MiB to open and use"
     try:
         ended = subprocess.run(
-            list(program), input=json.dumps(setup).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+            program, input=json.dumps(setup).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
             timeout=CHILD_WALL_SECONDS + seconds, check=False,
         )  # fmt: skip
         problem = json.loads(ended.stdout)["problem"] if ended.returncode == 0 else limits

@@ -1,4 +1,4 @@
-"""Which safetensors files of a model folder hold its weights, and whether they fit one another and the model.
+"""Find the safetensors files with a model's weights, and check them against their index, each other and the model.
 
 The files are those that transformers reads: model.safetensors, or the shards that an index lists.
 """
@@ -17,7 +17,7 @@ from headwater.models.untrusted_files import Stored, read_header, read_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 INTEGERS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
-"""Types in which a matrix of weights means something only together with scales."""
+"""Types of quantized weights, which need scales."""
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|embed_positions\.weights|_extra_state)$"
 )
@@ -30,9 +30,9 @@ NEXT_TOKENS = re.compile(r"(^|\.)(mtp|nextn)(_|\.)")
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files with the weights of a folder. `field` and `name` begin the sentences of refusals.
+    """The files with the weights of a folder. `field` and `name` begin every error message.
 
-    Raises UserError on reading a damaged index or header.
+    Properties raise UserError for a damaged index or header.
     """
 
     folder: Path
@@ -50,23 +50,21 @@ class WeightFiles:
 
     @property
     def paths(self) -> list[Path]:
-        shards = self.shards
-        single = shards is None or (self.folder / SINGLE).is_file()
-        return [self.folder / name for name in ([SINGLE] if single else sorted(set(shards.values())))]  # type: ignore[union-attr]
+        shards = None if (self.folder / SINGLE).is_file() else self.shards
+        return [self.folder / name for name in ([SINGLE] if shards is None else sorted(set(shards.values())))]
 
     @property
     def tensors(self) -> dict[str, Stored]:
         """Every tensor of the weights by name."""
-        return {tensor: stored for path in self.paths for tensor, stored in self._header(path).items()}
+        return {
+            tensor: stored for path in self.paths for tensor, stored in read_header(path, self.field, self.name).items()
+        }
 
     def refuse_inconsistent(self) -> None:
         """Raises UserError if it is not certain which files hold the weights, or if an index and its shards differ."""
         problem = self._ambiguity() or self._difference() or self._quantized()
         if problem is not None:
             raise UserError(f"{self.field}: {self.name} cannot be loaded ({problem})")
-
-    def _header(self, path: Path) -> dict[str, Stored]:
-        return read_header(path, self.field, self.name)
 
     def _ambiguity(self) -> str | None:
         single, shards = (self.folder / SINGLE).is_file(), self.shards
@@ -88,7 +86,7 @@ class WeightFiles:
         if listed is None:
             return None
         for path in self.paths:
-            for tensor in self._header(path):
+            for tensor in read_header(path, self.field, self.name):
                 if tensor in stored:
                     return (
                         f"{stored[tensor]} and {path.name} both hold {tensor}: the files are of different checkpoints"

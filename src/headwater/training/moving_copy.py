@@ -13,7 +13,7 @@ from torch import Tensor
 from headwater.config.dense import StartUpdate
 from headwater.distributed import checkpoint_io
 from headwater.distributed.process_group import ProcessGroup, local_tensor
-from headwater.models.lora import FollowingBody
+from headwater.models.lora import ReferenceBody
 from headwater.models.policy import Policy
 
 FILE, SHARDS = "start-copy.safetensors", "start-copy"
@@ -68,5 +68,5 @@ def moving_copy(policy: Policy, reference: Policy, settings: StartUpdate) -> Mov
     """
     if policy.adapter is None:
         return MovingCopy(reference.model, tuple(policy.model.parameters()), settings)
-    assert isinstance(reference.body, FollowingBody)
+    assert isinstance(reference.body, ReferenceBody) and reference.body.values is not None
     return MovingCopy(reference.body.values, tuple(policy.adapter.matrices()), settings)

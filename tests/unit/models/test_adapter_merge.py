@@ -194,6 +194,7 @@ def test_pissa_adapter_converted_by_peft_merges(tmp_path: Path) -> None:
         ({"revision": "v2"}, "revision 'v2'"),
         ({"alpha_pattern": {"(a+)+b": 4}}, r"alpha_pattern holds '(a+)+b'"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern holds '('"),
+        ({"rank_pattern": {"(.|.)" * 30 + "x": 4}}, "rank_pattern holds '(.|.)(.|.)"),  # 2^30 ways to fail
         ({"rank_pattern": {"q_proj": "many"}}, "rank_pattern gives 'many' for 'q_proj'"),
         ({"modules_to_save": 3}, "modules_to_save is 3, which must be a list of names"),
         ({"use_rslora": "no"}, "use_rslora is 'no', which must be true or false"),
