@@ -30,13 +30,6 @@ NO_VERDICT = "no verdict: "
 """Begins the reason for a completion for which a user's grader returned neither a bool nor (bool, reason); its type follows."""
 
 
-def _after_equals(completion: str) -> str | None:
-    """Text after the last `=`, the answer of a chained sum, for majority votes."""
-    _, sign, answer = completion.rpartition("=")
-    answer = answer.strip()
-    return answer if sign and 0 < len(answer) <= sums.LONGEST_ANSWER else None
-
-
 @dataclass(frozen=True)
 class Generator:
     """Problem generator of a task.
@@ -91,7 +84,7 @@ TASKS: dict[str, Task] = {
     "sums": Task(
         "sums",
         sums.grade,
-        _after_equals,
+        sums.extract,
         bounded=False,
         as_completion=lambda gold: f"={gold}",
         generator=Generator(sums.generate, sums.SumsDials),
@@ -108,8 +101,8 @@ TASKS: dict[str, Task] = {
     ),
     "skills": Task(
         "skills",
-        skills.grade,
-        _after_equals,
+        sums.grade,
+        sums.extract,
         bounded=False,
         as_completion=lambda gold: f"={gold}",
         generator=Generator(skills.generate, skills.SkillsDials),
