@@ -160,8 +160,7 @@ def without_announcement(answer: str) -> str:
     Example: `without_announcement("Final answer: 42")` is `"42"`.
     """
     spelled = answer.lstrip(" *_")
-    article = _LEADING_ARTICLE.match(spelled)
-    starts = {0, article.end() if article else 0}
+    starts = {0, _LEADING_ARTICLE.match(spelled).end()}  # type: ignore[union-attr]  # always matches, possibly the empty string
     announced = any(phrase.match(spelled, start) for phrase in (_PHRASE, _FOREIGN_PHRASE) for start in starts)
     return (_after_phrase(spelled) if announced else None) or answer
 
@@ -216,10 +215,8 @@ def _statement(text: str, foreign: bool) -> str:
 _CJK_PROSE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{6}")
 _MARKDOWN_HEADING = re.compile(r"^\s{0,3}#{1,6}\s", re.MULTILINE)
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
-MOST_WORDS, MOST_WORDS_OF_A_LINE = (
-    30,
-    2,
-)  # of an answer, and of a line of an answer of several lines; what is longer explains it
+MOST_WORDS = 30  # of an answer; what is longer explains it
+MOST_WORDS_OF_A_LINE = 2  # of an answer of several lines
 
 
 def is_solution(text: str) -> bool:

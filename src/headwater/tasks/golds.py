@@ -53,8 +53,10 @@ def gold_answer(value: Any) -> str | None:
     marked = _marked_or_boxed(text)
     if marked is not None:
         return _without_label(without_announcement(marked)) or None
-    announced = announced_answer(text)
-    return announced or None if announced is not None or is_solution(text) else _without_label(text) or None
+    answer = announced_answer(text)
+    if answer is None and not is_solution(text):
+        answer = _without_label(text)
+    return answer or None
 
 
 def marked_gold(value: Any) -> str | None:
@@ -103,7 +105,7 @@ def _float_text(value: float) -> str:
 def _marked_or_boxed(text: str) -> str | None:
     """What a mark or a box gives: "" for an empty or unclosed box, None without either."""
     marked = marked_answer(text)
-    if marked is None and ("\\boxed" in text or "\\fbox" in text):
-        boxed, opened = maths_text.last_box(text)
-        return (boxed or "").strip() if boxed is not None or opened else None
-    return marked
+    if marked is not None:
+        return marked
+    boxed, opened = maths_text.last_box(text)
+    return (boxed or "").strip() if opened else None
