@@ -62,10 +62,7 @@ def same(gold: str, answer: str) -> bool:
     Numbers by exact value; lists and sets in any order; pairs, intervals and matrices in the given order; a leading
     `x =`, units and words after a number are ignored; everything else is passed to math-verify.
     """
-    plain = compare_plainly(gold, answer)
-    if plain is not None:
-        return plain
-    for compare in (_same_list, _same_equation, _same_inequality, _same_bracketed, _same_matrix, _same_ratio):
+    for compare in (compare_plainly, _same_list, _same_equation, _same_bracketed, _same_matrix, _same_ratio):
         verdict = compare(gold, answer)
         if verdict is not None:
             return verdict
@@ -76,12 +73,10 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
     """Verdict by cheap rules for numbers with units, words and choice letters; None if they do not decide."""
     if squeezed(gold) == squeezed(answer):
         return True
-    clock = same_clock(gold, answer)
-    if clock is not None:
-        return clock
-    date = same_date(gold, answer)
-    if date is not None:
-        return date
+    for compare in (same_clock, same_date):
+        verdict = compare(gold, answer)
+        if verdict is not None:
+            return verdict
     bare_gold, bare_answer = without_unit(gold), without_unit(answer)
     gold_value, answer_value = number(bare_gold), number(bare_answer)
     if gold_value is not None and answer_value is not None:
@@ -155,7 +150,7 @@ def _elements(text: str) -> list[str]:
 def _same_list(gold: str, answer: str) -> bool | None:
     wanted, given = _elements(gold), _elements(answer)
     for parts, union in ((wanted, answer), (given, gold)):
-        if len(parts) > 1 and r"\cup" in union and all(_inequality(part) for part in parts):
+        if len(parts) > 1 and r"\cup" in union and all(_as_interval(part)[0] for part in parts):
             # "x < 2 or x > 3" is a union
             return _unordered(parts, split(union, (r"\cup",)))
     if len(wanted) <= 1 and len(given) <= 1:
@@ -219,26 +214,21 @@ def _same_equation(gold: str, answer: str) -> bool | None:
         if gold_name is not None and gold_name == answer_name:
             return same(gold_value, answer_value)
         return same_mathematics(gold, answer)
-    if gold_name is not None and len(answer_sides) == 1:
+    if gold_name is not None:
         return same(gold_value, answer)
-    if answer_name is not None and len(gold_sides) == 1:
+    if answer_name is not None:
         return same(gold, answer_value)
     computed = answer_sides[0] and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", answer_sides[0]))
-    if len(gold_sides) == 1 and len(answer_sides) == 2 and computed:
+    if len(answer_sides) == 2 and computed:
         # "3 \cdot 4 = 12": a computation; if it holds, its last side is the answer
         return same(gold, answer_sides[1]) and same(answer_sides[1], answer_sides[0])
     return False
 
 
-def _relation(text: str) -> tuple[list[str], list[str]]:
-    """Sides of an inequality and the signs between them: `-1 < x \\leq 4` -> (["-1", "x", "4"], ["<", "\\leq"])."""
+def _as_interval(text: str) -> tuple[str | None, str]:
+    """(variable, interval) of an inequality in one variable: `x > 2` gives ("x", "(2,\\infty)"); (None, text) for anything else."""
+    sides = split(text, _RELATIONS)
     signs = [token for token, _, depth in tokens(text) if depth == 0 and token in _RELATIONS]
-    return split(text, _RELATIONS), signs
-
-
-def _inequality(text: str) -> tuple[str, str] | None:
-    """Variable and interval of an inequality in one variable: `x > 2` gives ("x", "(2,\\infty)"); None for anything else."""
-    sides, signs = _relation(text)
     inside = sides[0].strip("|") if sides[0].startswith("|") else ""
     if len(sides) == 2 and signs[0] in ("<", r"\leq") and _is_name(inside) and number(sides[1]) is not None:
         sides, signs = [f"-({sides[1]})", inside, sides[1]], signs * 2  # |x| < 2 is -2 < x < 2
@@ -249,23 +239,13 @@ def _inequality(text: str) -> tuple[str, str] | None:
     elif len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
         sides, signs = [*sides, r"\infty"], [*signs, "<"]
     if len(sides) != 3 or not _is_name(sides[1]) or not set(signs) <= {"<", r"\leq"}:
-        return None
+        return None, text
     left, right = "[" if signs[0] == r"\leq" else "(", "]" if signs[1] == r"\leq" else ")"
     return sides[1], f"{left}{sides[0]},{sides[2]}{right}"
 
 
 def _is_name(text: str) -> bool:
     return bool(re.fullmatch(r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega))(?:_\{\w+\})?", text))
-
-
-def _same_inequality(gold: str, answer: str) -> bool | None:
-    """Compare inequalities with each other and with intervals: `x > 2` and `(2,\\infty)`."""
-    wanted, given = _inequality(gold), _inequality(answer)
-    if wanted is None and given is None:
-        return None
-    if wanted and given and wanted[0] != given[0]:
-        return False
-    return _same_bracketed(wanted[1] if wanted else gold, given[1] if given else answer)
 
 
 def _bracketed(text: str) -> tuple[str, list[str], str] | None:
@@ -278,8 +258,15 @@ def _bracketed(text: str) -> tuple[str, list[str], str] | None:
 
 
 def _same_bracketed(gold: str, answer: str) -> bool | None:
-    """Pairs, points and intervals: same brackets, same elements, same order. Sympy would take seconds for some."""
-    wanted, given = _bracketed(gold), _bracketed(answer)
+    """Pairs, points and intervals: same brackets, same elements, same order. Sympy would take seconds for some.
+
+    Inequalities are compared as intervals: `x > 2` and `(2,\\infty)` are the same, `x > 2` and `y > 2` are not.
+    """
+    gold_name, gold_interval = _as_interval(gold)
+    answer_name, answer_interval = _as_interval(answer)
+    if gold_name and answer_name and gold_name != answer_name:
+        return False
+    wanted, given = _bracketed(gold_interval), _bracketed(answer_interval)
     if wanted is None or given is None:
         return None
     if (wanted[0], wanted[2]) != (given[0], given[2]) or len(wanted[1]) != len(given[1]):
