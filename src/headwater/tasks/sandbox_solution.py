@@ -46,7 +46,7 @@ class Output(io.TextIOBase):
 
 
 def plain(value: Any) -> Any:
-    """The value of an object whose class derives from a type of data, as that type."""
+    """Convert an object whose class derives from a type of data to that type."""
     return next(kind for kind in DATA_TYPES if isinstance(value, kind))(value)
 
 

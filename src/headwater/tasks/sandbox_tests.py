@@ -37,7 +37,7 @@ class ModuleName(str):
 class Solution:
     """Connection to the solution's process.
 
-    failures  (reason, detail) of what decides the verdict whatever the tests do afterwards; the first one counts
+    failures  (reason, detail) that decide the verdict, whatever the tests do afterwards; the first one counts
     """
 
     def __init__(self, link: Link) -> None:

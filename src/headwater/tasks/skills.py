@@ -51,7 +51,7 @@ DIALS = SkillsDials()
 
 @cache
 def candidates(skill: int) -> tuple[int, ...]:
-    """Methods that come into question for a skill, the right one first.
+    """Candidate methods of a skill, the right one first.
 
     Example: `candidates(23)` is `(81, 0, 83, 50)`.
     """

@@ -7,6 +7,7 @@ A worked solution (`17+45=62+82=44+03=47`) shows the running sum after each term
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from headwater.tasks.pools import draws, pool_of, randint
 
@@ -68,11 +69,10 @@ def _check_pool_size(n: int, pool: str, dials: SumsDials) -> None:
     total = sum(dials.modulus**count for count in range(dials.min_terms, dials.max_terms + 1))
     if total > max(32 * n, 20_000):
         return
-    available = 0
-    for count in range(dials.min_terms, dials.max_terms + 1):
-        for index in range(dials.modulus**count):
-            digits = [index // dials.modulus**place % dials.modulus for place in range(count)]
-            available += pool_of("sums", "+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
+    numbers = [str(number).zfill(dials.width) for number in range(dials.modulus)]
+    counts = range(dials.min_terms, dials.max_terms + 1)
+    problems = ("+".join(terms) for count in counts for terms in product(numbers, repeat=count))
+    available = sum(pool_of("sums", problem) == pool for problem in problems)
     if available < n:
         raise ValueError(
             f"sums: pool {pool!r} has {available} problems with modulus {dials.modulus} and {dials.min_terms} to "

@@ -48,7 +48,7 @@ DIALS = WordsDials()  # what the desk models are trained on
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A problem, the DAG behind it and the words that it is told in.
+    """A problem, the DAG behind it, its vocabulary and its names.
 
     world  its quantities are owned by the placeholders "{0}", "{1}" … of names
 
