@@ -83,9 +83,8 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
         return same_number(gold_value, answer_value, bare_answer)
     gold_based, answer_based = (match and match.groups() for match in map(_BASED.fullmatch, (bare_gold, bare_answer)))
     if gold_based or answer_based:
-        return (
-            gold_based == answer_based
-        )  # 52_8 is neither 52 nor 52_6; digits are compared as written, without conversion
+        # 52_8 is neither 52 nor 52_6; digits are compared as written, without conversion
+        return gold_based == answer_based
     gold_words, answer_words = _words(gold), _words(answer)
     if gold_words is not None or answer_words is not None:
         # Next to words, letters are a word too: "No" is not N times o.

@@ -147,9 +147,8 @@ class Solution:
     def _reference(self, content: dict[str, Any]) -> Any:
         number = int(content["id"])
         if number not in self._proxies:
-            self._proxies[number] = (
-                self._error_class(content["error"]) if "error" in content else self._proxy(number, content)
-            )
+            is_error = "error" in content
+            self._proxies[number] = self._error_class(content["error"]) if is_error else self._proxy(number, content)
         return self._proxies[number]
 
     def _proxy(self, number: int, content: dict[str, Any]) -> Any:
@@ -168,10 +167,9 @@ class Solution:
     def _error(self, raised: dict[str, Any], operation: str) -> BaseException:
         base = builtin_error(raised["base"])
         kind = self._reference({"id": raised["id"], "error": raised})
-        ends_loop = issubclass(
-            kind, (StopIteration, StopAsyncIteration, GeneratorExit)
-        )  # a parent may decide it, not the base
-        if ends_loop and operation != "next":  # it would end a loop of the tests before its assertions
+        # Such an error, by any of its parents, would end a loop of the tests before its assertions.
+        ends_loop = issubclass(kind, (StopIteration, StopAsyncIteration, GeneratorExit))
+        if ends_loop and operation != "next":
             return RuntimeError(f"the solution raised {kind.__name__}")
         error = make_error(kind, tuple(decode(wire, self._resolve) for wire in raised["arguments"]))
         if kind is not base:
@@ -277,10 +275,8 @@ class SolutionModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         solution: Solution = self.__dict__["_headwater_solution"]
-        if (
-            name == "__all__"
-        ):  # `namespace` has set what the tests use; a program must not replace names that the tests define
-            return []
+        if name == "__all__":
+            return []  # `namespace` has set what the tests use; a program must not replace names that the tests define
         if name.startswith("__"):
             raise AttributeError(name)
         return solution.lookup(name)
