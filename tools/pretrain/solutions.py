@@ -130,7 +130,7 @@ CORPORA = {
         countdown.generate, countdown.grade, countdown_worked, countdown_short, countdown_is_worked, countdown_about
     ),
     "skills": Corpus(
-        skills.generate, skills.grade, skills_right, skills_wrong, lambda completion: ";" in completion, skills_about
+        skills.generate, sums.grade, skills_right, skills_wrong, lambda completion: ";" in completion, skills_about
     ),
 }
 
@@ -152,7 +152,7 @@ def words_worked(problem: WordProblem) -> str:
     if question.sign:
         subject = {"total": "Together that is", "gap": "The difference is", "price": "That is", "share": "Each part is"}
         sentences.append(f"{subject[question.relation]} {question.expression}={question.value}.")
-    return " ".join([*sentences, words_short(problem)])
+    return " ".join([*sentences, words_short(problem)]).format(*problem.names)
 
 
 def words_short(problem: WordProblem) -> str:

@@ -88,7 +88,7 @@ _HEADING = re.compile(
 )
 # GSM8K's mark, but not five.
 _HASHES = re.compile(r"(?<!#)####(?!#)")
-# What stands after `####` where it begins a Markdown heading.
+# Text after `####` that is a Markdown heading and no answer.
 _LABEL = re.compile(
     rf"{_ARTICLE}(?:{_NOUN}|answers?|solution|lösung|result|conclusion|explanation|summary|verification|check|reasoning|analysis"
     r"|approach|proof|notes?|calculations?|(?:steps?|part|case|example|problem|question|schritt|[ée]tape|paso|步骤|шаг)\b.*"
@@ -131,13 +131,13 @@ def announced_answer(text: str) -> str | None:
         if line and not _is_label(line):
             return _after_phrase(line) or line
         statement = _after_phrase(text[mark.start() :])
-        if statement:  # "#### Final answer" above it: what stands before are headings too
+        if statement:  # under "#### Final answer"; earlier marks are headings too
             return statement
     return _after_phrase(text)
 
 
 def marked_answer(text: str) -> str | None:
-    """Answer after GSM8K's `####` in a reference solution, whose last line it is; None if the marks are headings or missing.
+    """Answer after GSM8K's `####` on the last line of a reference solution; None if the marks are headings or missing.
 
     Example: `marked_answer("48+24=72\\n#### 72")` is `"72"`; `marked_answer("#### Final answer\\n72")` is None.
     """
@@ -155,13 +155,12 @@ def marked_answer(text: str) -> str | None:
 
 
 def without_announcement(answer: str) -> str:
-    """What an answer says after the words that announce it at its start; the answer itself if it has none.
+    """Remove the words at the start of an answer that announce it; an answer without any is unchanged.
 
     Example: `without_announcement("Final answer: 42")` is `"42"`.
     """
     spelled = answer.lstrip(" *_")
-    article = _LEADING_ARTICLE.match(spelled)
-    starts = {0, article.end() if article else 0}
+    starts = {0, _LEADING_ARTICLE.match(spelled).end()}  # type: ignore[union-attr]  # always matches, possibly the empty string
     announced = any(phrase.match(spelled, start) for phrase in (_PHRASE, _FOREIGN_PHRASE) for start in starts)
     return (_after_phrase(spelled) if announced else None) or answer
 
@@ -216,10 +215,8 @@ def _statement(text: str, foreign: bool) -> str:
 _CJK_PROSE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{6}")
 _MARKDOWN_HEADING = re.compile(r"^\s{0,3}#{1,6}\s", re.MULTILINE)
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
-MOST_WORDS, MOST_WORDS_OF_A_LINE = (
-    30,
-    2,
-)  # of an answer, and of a line of an answer of several lines; what is longer explains it
+MOST_WORDS = 30  # of an answer; what is longer explains it
+MOST_WORDS_OF_A_LINE = 2  # of an answer of several lines
 
 
 def is_solution(text: str) -> bool:

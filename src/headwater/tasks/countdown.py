@@ -7,7 +7,6 @@ target; a short one is `50-46+24`. The answer is the last attempt up to its firs
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from itertools import product
@@ -74,13 +73,11 @@ def generate(n: int, pool: str, seed: int, dials: CountdownDials = DIALS) -> lis
     Raises ValueError for an unknown pool, or when the pool runs out of problems at this difficulty.
     Example: generate(1, "eval", 0) -> [("50,46,24=28", "50,46,24=28")]
     """
-    pools.check_request("countdown", n, pool)
-    # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
-    draw = random.Random(f"countdown:{pool}:{seed}").random
+    draw = pools.draws("countdown", n, pool, seed)
     problems: dict[str, None] = {}
     idle = 0  # draws since the last new problem
     while len(problems) < n:
-        numbers = sorted((1 + int(draw() * dials.largest) for _ in range(dials.numbers)), reverse=True)
+        numbers = sorted((pools.randint(draw, 1, dials.largest) for _ in range(dials.numbers)), reverse=True)
         target = numbers[0] + sum(number if draw() < 0.5 else -number for number in numbers[1:])
         problem = ",".join(f"{number:0{dials.width}d}" for number in numbers) + f"={target:0{dials.width}d}"
         idle += 1

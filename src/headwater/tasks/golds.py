@@ -15,8 +15,8 @@ PLACEHOLDERS = frozenset(
     {"proof", "notfound", "not found", "n/a", "nan", "null", "<na>", "tbd", "?", "??", "???", "-", "–", "—"}
     | {"#n/a", "#div/0!", "#value!", "#ref!", "#name?", "#num!", "#null!"}
 )
-"""Texts that stand for a missing answer, in lower case: NuminaMath-1.5 writes `proof` and `notfound`, pandas the next three, people
-the next ones, Excel the last. `None` is not among them: it may be an answer."""
+"""Texts that stand for a missing answer, in lower case: of NuminaMath-1.5 (`proof`, `notfound`), of pandas, of people, and of Excel
+(with #). `None` is not among them: it may be an answer."""
 LARGEST_EXACT_FLOAT = 2**53
 """Integers beyond this are not exact as floats; their text is kept."""
 _LIST_OF_TEXTS = re.compile(r"""\[\s*(["'])(?P<first>.*?)(?<!\\)\1\s*(?P<more>[,\s].*)?\]""", re.DOTALL)
@@ -53,8 +53,10 @@ def gold_answer(value: Any) -> str | None:
     marked = _marked_or_boxed(text)
     if marked is not None:
         return _without_label(without_announcement(marked)) or None
-    announced = announced_answer(text)
-    return announced or None if announced is not None or is_solution(text) else _without_label(text) or None
+    answer = announced_answer(text)
+    if answer is None and not is_solution(text):
+        answer = _without_label(text)
+    return answer or None
 
 
 def marked_gold(value: Any) -> str | None:
@@ -95,7 +97,7 @@ def _without_label(text: str) -> str:
 
 
 def _float_text(value: float) -> str:
-    """A float as a person writes it: 0.1 * 3, whose digits 0.30000000000000004 are those of rounding, is 0.3."""
+    """Write a float as a person would: 0.3 for 0.1 * 3, which is 0.30000000000000004 by rounding."""
     exact, rounded = repr(value), repr(float(f"{value:.15g}"))
     return rounded if len(rounded) <= len(exact) - 4 else exact
 
@@ -103,7 +105,7 @@ def _float_text(value: float) -> str:
 def _marked_or_boxed(text: str) -> str | None:
     """What a mark or a box gives: "" for an empty or unclosed box, None without either."""
     marked = marked_answer(text)
-    if marked is None and ("\\boxed" in text or "\\fbox" in text):
-        boxed, opened = maths_text.last_box(text)
-        return (boxed or "").strip() if boxed is not None or opened else None
-    return marked
+    if marked is not None:
+        return marked
+    boxed, opened = maths_text.last_box(text)
+    return (boxed or "").strip() if opened else None

@@ -11,11 +11,13 @@ from headwater.tasks.thinking import after_thinking
 
 LONGEST = 20_000  # characters at the end of a completion that are searched for an object
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)```", re.DOTALL)
-_DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse(name))
 
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 def last_object(text: str) -> dict[str, Any] | None:

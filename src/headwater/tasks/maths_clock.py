@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from headwater.tasks.maths_text import without_text
+
 LONGEST = 80  # characters
 _NAMED = re.compile(r"(?<![a-z])(?:[ap]\.?\s?m(?![a-z])|noon|midnight|morning|afternoon|evening)", re.IGNORECASE)
 _TIME = re.compile(
@@ -35,8 +37,8 @@ def read_clock(text: str) -> Clock | None:
     """
     if len(text) > LONGEST:
         return None
-    spelled = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text.replace("{:}", ":")).lower()
-    spelled = re.sub(r"\s*:\s*", ":", " ".join(spelled.split())).strip()
+    spelled = " ".join(without_text(text.replace("{:}", ":")).lower().split())
+    spelled = re.sub(r"\s*:\s*", ":", spelled)
     if spelled.strip(".") in ("noon", "midnight"):
         return Clock(_HALF_DAY if "noon" in spelled else 0, certain=True, named=True)
     match = _TIME.fullmatch(spelled)
@@ -101,7 +103,7 @@ def read_date(text: str) -> tuple[int | None, int, int] | None:
     """
     if len(text) > LONGEST:
         return None
-    spelled = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).lower().split())
+    spelled = " ".join(without_text(text).lower().split())
     match = next((match for pattern in _DATES if (match := pattern.fullmatch(spelled))), None)
     if match is None:
         return None

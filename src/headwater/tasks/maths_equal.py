@@ -7,11 +7,11 @@ that math-verify alone gets wrong, or keeps a case from taking seconds (LOG.md, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from itertools import chain
 
 from headwater.tasks.maths_clock import same_clock, same_date
 from headwater.tasks.maths_numbers import number, same_number
-from headwater.tasks.maths_text import matching, split, squeezed, tidy, tokens
+from headwater.tasks.maths_text import enclosed, split, squeezed, tidy, tokens, without_text
 
 LONGEST_LIST = 300  # elements; comparing unordered lists takes quadratic time
 
@@ -29,7 +29,7 @@ _HEDGES = {"or", "and", "not", "no", "maybe", "about", "approximately", "roughly
            "неверно", "неправильно"} | set(_SCALES)  # fmt: skip
 _SCALE_STEMS = ("милл", "тыс", "млн", "млрд", "трлн", "milh", "milj", "milio", "tysi", "tisíc")
 _RELATIONS = ("<", ">", r"\leq", r"\geq", r"\neq")
-_FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", r"\neq": r"\neq"}
+_FLIPPED = {">": "<", r"\geq": r"\leq"}
 # A trailing unit: words in \text, possibly with a power, or bare words after a number.
 _TEXT_UNIT = re.compile(r"^(.*[\w}).!|])\s*\\text\{([^{}]*)\}\s*(?:\^\{[-\d]{1,2}\}|\d{0,1})$", re.DOTALL)
 _LETTER = r"[a-zA-Z\u00c0-\u024f\u0400-\u04ff]"
@@ -56,27 +56,13 @@ _WORDS = re.compile(r"^[a-zA-Z][a-zA-Z' -]*$")
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Range:
-    """An interval, or an inequality as an interval: `x > 2` and `(2,\\infty)` are both `Range("(", "2", "\\infty", ")")`."""
-
-    left: str
-    low: str
-    high: str
-    right: str
-    name: str | None = None
-
-
 def same(gold: str, answer: str) -> bool:
     """Whether two canonical answers are equivalent.
 
     Numbers by exact value; lists and sets in any order; pairs, intervals and matrices in the given order; a leading
     `x =`, units and words after a number are ignored; everything else is passed to math-verify.
     """
-    plain = compare_plainly(gold, answer)
-    if plain is not None:
-        return plain
-    for compare in (_same_list, _same_equation, _same_range, _same_bracketed, _same_matrix, _same_ratio):
+    for compare in (compare_plainly, _same_list, _same_equation, _same_bracketed, _same_matrix, _same_ratio):
         verdict = compare(gold, answer)
         if verdict is not None:
             return verdict
@@ -87,20 +73,18 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
     """Verdict by cheap rules for numbers with units, words and choice letters; None if they do not decide."""
     if squeezed(gold) == squeezed(answer):
         return True
-    clock = same_clock(gold, answer)
-    if clock is not None:
-        return clock
-    date = same_date(gold, answer)
-    if date is not None:
-        return date
+    for compare in (same_clock, same_date):
+        verdict = compare(gold, answer)
+        if verdict is not None:
+            return verdict
     bare_gold, bare_answer = without_unit(gold), without_unit(answer)
     gold_value, answer_value = number(bare_gold), number(bare_answer)
     if gold_value is not None and answer_value is not None:
         return same_number(gold_value, answer_value, bare_answer)
-    gold_based, answer_based = _BASED.fullmatch(bare_gold), _BASED.fullmatch(bare_answer)
+    gold_based, answer_based = (match and match.groups() for match in map(_BASED.fullmatch, (bare_gold, bare_answer)))
     if gold_based or answer_based:
         # 52_8 is neither 52 nor 52_6; digits are compared as written, without conversion
-        return bool(gold_based and answer_based) and gold_based.groups() == answer_based.groups()  # type: ignore[union-attr]
+        return gold_based == answer_based
     gold_words, answer_words = _words(gold), _words(answer)
     if gold_words is not None or answer_words is not None:
         # Next to words, letters are a word too: "No" is not N times o.
@@ -141,10 +125,9 @@ def without_unit(text: str) -> str:
 
 def _words(text: str) -> str | None:
     """Casefolded plain words; None for anything that may be mathematics."""
-    unwrapped = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     if not (r"\text{" in text or re.search(r"(?<!\\)\b[a-zA-Z]{3,}", text)):
         return None
-    folded = " ".join(unwrapped.split()).strip(" .")
+    folded = " ".join(without_text(text).split()).strip(" .")
     return folded.casefold() if _WORDS.fullmatch(folded) else None
 
 
@@ -153,23 +136,20 @@ _NO_NAME = re.compile(r"[-+\d<>^]|\\(?:leq|geq|neq|cdot|times|sin|cos|tan|log|ln
 
 def _elements(text: str) -> list[str]:
     """Elements of a list or set; `a \\pm b` counts as two."""
-    inner = text
-    if text.startswith("\\{") and text.endswith("\\}") and matching(text, 0) == len(text) - 2:
-        inner = text[2:-2]
-    parts = [part for part in split(inner, (",",)) if part]
-    spread: list[str] = []
-    for part in parts:
-        if r"\pm" in part and part.count(r"\pm") == 1:
-            spread += [part.replace(r"\pm", "+").replace(r"\mp", "-"), part.replace(r"\pm", "-").replace(r"\mp", "+")]
-        else:
-            spread.append(part)
-    return [tidy(part) for part in spread]
+    inner = enclosed(text, "\\{", "\\}")
+    parts: list[str] = []
+    for part in split(text if inner is None else inner, (",",)):
+        if part.count(r"\pm") == 1:
+            parts += [part.replace(r"\pm", "+").replace(r"\mp", "-"), part.replace(r"\pm", "-").replace(r"\mp", "+")]
+        elif part:
+            parts.append(part)
+    return [tidy(part) for part in parts]
 
 
 def _same_list(gold: str, answer: str) -> bool | None:
     wanted, given = _elements(gold), _elements(answer)
     for parts, union in ((wanted, answer), (given, gold)):
-        if len(parts) > 1 and r"\cup" in union and all(_range(part) for part in parts):
+        if len(parts) > 1 and r"\cup" in union and all(_as_interval(part)[0] for part in parts):
             # "x < 2 or x > 3" is a union
             return _unordered(parts, split(union, (r"\cup",)))
     if len(wanted) <= 1 and len(given) <= 1:
@@ -233,85 +213,59 @@ def _same_equation(gold: str, answer: str) -> bool | None:
         if gold_name is not None and gold_name == answer_name:
             return same(gold_value, answer_value)
         return same_mathematics(gold, answer)
-    if gold_name is not None and len(answer_sides) == 1:
+    if gold_name is not None:
         return same(gold_value, answer)
-    if answer_name is not None and len(gold_sides) == 1:
+    if answer_name is not None:
         return same(gold, answer_value)
     computed = answer_sides[0] and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", answer_sides[0]))
-    if len(gold_sides) == 1 and len(answer_sides) == 2 and computed:
+    if len(answer_sides) == 2 and computed:
         # "3 \cdot 4 = 12": a computation; if it holds, its last side is the answer
         return same(gold, answer_sides[1]) and same(answer_sides[1], answer_sides[0])
     return False
 
 
-def _relation(text: str) -> tuple[list[str], list[str]]:
-    """Sides of an inequality and the signs between them: `-1 < x \\leq 4` -> (["-1", "x", "4"], ["<", "\\leq"])."""
+def _as_interval(text: str) -> tuple[str | None, str]:
+    """(variable, interval) of an inequality in one variable: `x > 2` gives ("x", "(2,\\infty)"); (None, text) for anything else."""
+    sides = split(text, _RELATIONS)
     signs = [token for token, _, depth in tokens(text) if depth == 0 and token in _RELATIONS]
-    return split(text, _RELATIONS), signs
-
-
-def _range(text: str) -> Range | None:
-    """Convert an inequality in one variable to an interval; None for anything else."""
-    sides, signs = _relation(text)
     inside = sides[0].strip("|") if sides[0].startswith("|") else ""
     if len(sides) == 2 and signs[0] in ("<", r"\leq") and _is_name(inside) and number(sides[1]) is not None:
         sides, signs = [f"-({sides[1]})", inside, sides[1]], signs * 2  # |x| < 2 is -2 < x < 2
-    if len(sides) == 2 and signs[0] != r"\neq":
-        if not _is_name(sides[0]) and _is_name(sides[1]):
-            sides, signs = sides[::-1], [_FLIPPED[signs[0]]]
-        if not _is_name(sides[0]) or _is_name(sides[1]):
-            return None
-        closed = signs[0] in (r"\leq", r"\geq")
-        if signs[0] in ("<", r"\leq"):
-            return Range("(", r"-\infty", sides[1], "]" if closed else ")", sides[0])
-        return Range("[" if closed else "(", sides[1], r"\infty", ")", sides[0])
-    if len(sides) == 3 and _is_name(sides[1]) and r"\neq" not in signs:
-        if all(sign in (">", r"\geq") for sign in signs):
-            sides, signs = sides[::-1], [_FLIPPED[sign] for sign in reversed(signs)]
-        if all(sign in ("<", r"\leq") for sign in signs):
-            left = "[" if signs[0] == r"\leq" else "("
-            return Range(left, sides[0], sides[2], "]" if signs[1] == r"\leq" else ")", sides[1])
-    return None
+    if signs and set(signs) <= _FLIPPED.keys():
+        sides, signs = sides[::-1], [_FLIPPED[sign] for sign in reversed(signs)]
+    if len(sides) == 2 and _is_name(sides[0]) and not _is_name(sides[1]):
+        sides, signs = [r"-\infty", *sides], ["<", *signs]
+    elif len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
+        sides, signs = [*sides, r"\infty"], [*signs, "<"]
+    if len(sides) != 3 or not _is_name(sides[1]) or not set(signs) <= {"<", r"\leq"}:
+        return None, text
+    left, right = "[" if signs[0] == r"\leq" else "(", "]" if signs[1] == r"\leq" else ")"
+    return sides[1], f"{left}{sides[0]},{sides[2]}{right}"
 
 
 def _is_name(text: str) -> bool:
     return bool(re.fullmatch(r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega))(?:_\{\w+\})?", text))
 
 
-def _interval(text: str) -> Range | None:
-    interval = _bracketed(text)
-    if interval is None or len(interval[1]) != 2:
-        return None
-    return Range(
-        interval[0], tidy(interval[1][0].removeprefix("+")), tidy(interval[1][1].removeprefix("+")), interval[2]
-    )
-
-
-def _same_range(gold: str, answer: str) -> bool | None:
-    """Compare inequalities with each other and with intervals: `x > 2` and `(2,\\infty)`."""
-    gold_signs, answer_signs = _relation(gold)[1], _relation(answer)[1]
-    if not gold_signs and not answer_signs:
-        return None
-    wanted, given = _range(gold) or _interval(gold), _range(answer) or _interval(answer)
-    if wanted is not None and given is not None:
-        if wanted.name and given.name and wanted.name != given.name:
-            return False
-        same_shape = (wanted.left, wanted.right) == (given.left, given.right)
-        return same_shape and same(wanted.low, given.low) and same(wanted.high, given.high)
-    return None
-
-
 def _bracketed(text: str) -> tuple[str, list[str], str] | None:
     """`[0, 1)` -> ("[", ["0", "1"], ")"); None unless one pair of brackets encloses at least two parts."""
-    if len(text) < 3 or text[0] not in "([" or text[-1] not in ")]" or matching(text, 0) != len(text) - 1:
+    if not text or text[0] not in "([" or text[-1] not in ")]":
         return None
-    parts = split(text[1:-1], (",",))
+    inner = enclosed(text, text[0], text[-1])
+    parts = [] if inner is None else split(inner, (",",))
     return (text[0], parts, text[-1]) if len(parts) > 1 else None
 
 
 def _same_bracketed(gold: str, answer: str) -> bool | None:
-    """Pairs, points and intervals: same brackets, same elements, same order. Sympy would take seconds for some."""
-    wanted, given = _bracketed(gold), _bracketed(answer)
+    """Pairs, points and intervals: same brackets, same elements, same order. Sympy would take seconds for some.
+
+    Inequalities are compared as intervals: `x > 2` and `(2,\\infty)` are the same, `x > 2` and `y > 2` are not.
+    """
+    gold_name, gold_interval = _as_interval(gold)
+    answer_name, answer_interval = _as_interval(answer)
+    if gold_name and answer_name and gold_name != answer_name:
+        return False
+    wanted, given = _bracketed(gold_interval), _bracketed(answer_interval)
     if wanted is None or given is None:
         return None
     if (wanted[0], wanted[2]) != (given[0], given[2]) or len(wanted[1]) != len(given[1]):
@@ -331,11 +285,10 @@ def _same_matrix(gold: str, answer: str) -> bool | None:
     """Compare matrices cell by cell. Sympy does not finish in time for some, e.g. with trigonometric entries."""
     wanted, given = _matrix(gold), _matrix(answer)
     if wanted is None or given is None:
-        return None if r"\begin" in gold and r"\begin" in answer else (False if r"\begin" in gold + answer else None)
+        return False if (r"\begin" in gold) != (r"\begin" in answer) else None
     if [len(row) for row in wanted] != [len(row) for row in given] or sum(map(len, wanted)) > LONGEST_LIST:
         return False
-    pairs = [pair for rows in zip(wanted, given, strict=True) for pair in zip(*rows, strict=True)]
-    return all(same(a, b) for a, b in pairs)
+    return all(same(a, b) for a, b in zip(chain(*wanted), chain(*given), strict=True))
 
 
 def _same_ratio(gold: str, answer: str) -> bool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from headwater.tasks.maths_text import MAX_OUTER_BRACKETS, matching
+from headwater.tasks.maths_text import without_brackets
 
 LONGEST_NUMBER = 4000  # digits; Python refuses to parse more than 4300
 LARGEST_POWER = 20_000  # of ten, in scientific notation
@@ -32,10 +32,7 @@ def number(text: str) -> Fraction | None:
         return None
     if not any(char in "0123456789" for char in text):
         return _han_number(text)
-    for _ in range(MAX_OUTER_BRACKETS):
-        if not (text.startswith("(") and text.endswith(")") and matching(text, 0) == len(text) - 1):
-            break
-        text = text[1:-1].strip()
+    text = without_brackets(text, "(", ")")
     if match := _DECIMAL.fullmatch(text):
         sign, whole, part, bare = match.groups()
         digits = (whole or "0").replace(",", "") + (part if part not in (None, ".") else bare or "")
@@ -58,40 +55,35 @@ def number(text: str) -> Fraction | None:
     return None
 
 
-_HAN_DIGITS = {
-    char: value
-    for value, chars in enumerate(("零〇", "一", "二两兩", "三", "四", "五", "六", "七", "八", "九"))
-    for char in chars
-}
-_HAN_UNITS = {"十": 10, "百": 100, "千": 1000}
-_HAN_MYRIADS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
-_HAN = re.compile(f"[{''.join([*_HAN_DIGITS, *_HAN_UNITS, *_HAN_MYRIADS])}]{{1,30}}")
+_HAN = {
+    "零": 0, "〇": 0, "一": 1, "二": 2, "两": 2, "兩": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9,
+    "十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8,
+}  # fmt: skip
+LONGEST_HAN_NUMBER = 30  # characters
 
 
 def _han_number(text: str) -> Fraction | None:
     """Value of a Chinese or Japanese numeral in its standard spelling (`四十二`, `一万零五`); None for others, such as `三四`."""
-    if not _HAN.fullmatch(text):
+    if len(text) > LONGEST_HAN_NUMBER or not _HAN.keys() >= set(text):
         return None
     total = section = 0
     digit: int | None = None
     lowest_myriad, lowest_unit = 10**12, 10**4
-    for place, char in enumerate(text):
-        if char in _HAN_DIGITS:
+    for value in map(_HAN.__getitem__, text):
+        if value < 10:
             if digit:  # two digits without a unit between them: "三四" is about three or four
                 return None
-            digit = _HAN_DIGITS[char]
-        elif char in _HAN_UNITS:
-            unit = _HAN_UNITS[char]
-            if unit >= lowest_unit or (digit is None and (unit != 10 or place) and section):
+            digit = value
+        elif value < 10**4:
+            if value >= lowest_unit or (digit is None and section):
                 return None
-            section, lowest_unit, digit = section + (digit or 1) * unit, unit, None
+            section, lowest_unit, digit = section + (digit or 1) * value, value, None
         else:
-            myriad = _HAN_MYRIADS[char]
-            if myriad >= lowest_myriad or section + (digit or 0) == 0:
+            if value >= lowest_myriad or section + (digit or 0) == 0:
                 return None
-            total, lowest_myriad = total + (section + (digit or 0)) * myriad, myriad
+            total, lowest_myriad = total + (section + (digit or 0)) * value, value
             section, lowest_unit, digit = 0, 10**4, None
-    if digit and len(text) > 1 and text[-2] in "百千万萬亿億":
+    if digit and len(text) > 1 and _HAN[text[-2]] >= 100:
         return None  # "一百五" is 150 in speech and 105 to the letter
     return Fraction(total + section + (digit or 0))
 

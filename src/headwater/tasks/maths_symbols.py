@@ -19,9 +19,8 @@ from math_verify import verify
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import BooleanAtom
 
-logging.getLogger("math_verify").setLevel(
-    logging.CRITICAL
-)  # it warns that its own timeout is off; the verifier has one
+# It warns that its own timeout is off; the verifier has one.
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 LONGEST = 1500  # characters
 DEEPEST = 12  # nested brackets: the parser's time grows exponentially with depth

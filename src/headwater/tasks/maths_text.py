@@ -193,12 +193,12 @@ def _unwrap(match: re.Match[str]) -> str:
 
 def tidy(text: str) -> str:
     """Single spaces, no final punctuation, no braces around the whole."""
-    text = " ".join(text.split()).rstrip(".:,").strip()
-    for _ in range(MAX_OUTER_BRACKETS):
-        if not (text.startswith("{") and text.endswith("}") and matching(text, 0) == len(text) - 1):
-            break
-        text = text[1:-1].strip()
-    return text
+    return without_brackets(" ".join(text.split()).rstrip(".:,").strip(), "{", "}")
+
+
+def without_text(text: str) -> str:
+    """Replace each `\\text{…}` by its content between spaces."""
+    return _TEXT.sub(r" \1 ", text)
 
 
 def squeezed(text: str) -> str:
@@ -207,6 +207,7 @@ def squeezed(text: str) -> str:
 
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_OPENING, _CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
 
 
 def tokens(text: str) -> list[tuple[str, int, int]]:
@@ -215,23 +216,33 @@ def tokens(text: str) -> list[tuple[str, int, int]]:
     result = []
     for match in _TOKEN.finditer(text):
         token = match.group()
-        if token in ("(", "[", "{", "\\{", r"\begin"):
-            result.append((token, match.start(), depth))
-            depth += 1
-            continue
-        if token in (")", "]", "}", "\\}", r"\end"):
+        if token in _CLOSING or token == r"\end":
             depth -= 1
         result.append((token, match.start(), depth))
+        if token in _OPENING or token == r"\begin":
+            depth += 1
     return result
 
 
-def matching(text: str, start: int) -> int:
-    """Position where the bracket that opens at `start` closes; -1 if it does not."""
-    depth = next((depth for _, place, depth in tokens(text) if place == start), 0)
-    for token, place, inner in tokens(text):
-        if place > start and inner == depth and token in (")", "]", "}", "\\}"):
-            return place
-    return -1
+def enclosed(text: str, opening: str, closing: str) -> str | None:
+    """Text within the pair of brackets around all of it; None without such a pair.
+
+    Example: `enclosed("(1)+(2)", "(", ")")` is None, since the first bracket closes before the end.
+    """
+    if not (text.startswith(opening) and text.endswith(closing)):
+        return None
+    closes = (place for token, place, depth in tokens(text)[1:] if depth == 0 and token in _CLOSING)
+    return text[len(opening) : -len(closing)] if next(closes, -1) == len(text) - len(closing) else None
+
+
+def without_brackets(text: str, opening: str, closing: str) -> str:
+    """Remove at most MAX_OUTER_BRACKETS pairs of brackets around the whole text."""
+    for _ in range(MAX_OUTER_BRACKETS):
+        inner = enclosed(text, opening, closing)
+        if inner is None:
+            break
+        text = inner.strip()
+    return text
 
 
 def split(text: str, separators: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,6 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from headwater.tasks import maths_text
 from headwater.tasks.maths_equal import without_unit
@@ -63,21 +62,21 @@ def _from_json(gold: str) -> Gold | None:
         fields = json.loads(gold, parse_float=str, parse_int=str, parse_constant=str)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(fields, dict) or "value" not in fields or fields.keys() - {"value", "abs", "rel"}:
+    if not isinstance(fields, dict) or fields.keys() - {"value", "abs", "rel"}:
         return None
-    value, absolute, relative = (_value_of_cell(fields.get(key)) for key in ("value", "abs", "rel"))
-    if value is None or any(
-        fields.get(key) is not None and _value_of_cell(fields[key]) is None for key in ("abs", "rel")
-    ):
+    numbers: dict[str, Fraction] = {}
+    for key, cell in fields.items():
+        if cell is None:
+            continue
+        parsed = value_of(cell) if isinstance(cell, str) else None
+        if parsed is None:
+            return None
+        numbers[key] = parsed
+    value = numbers.pop("value", None)
+    if value is None or any(margin < 0 for margin in numbers.values()):
         return None
-    if absolute is None and relative is None:
-        relative = DEFAULT_REL
-    margin = max(absolute or Fraction(0), (relative or Fraction(0)) * abs(value))
-    return None if min(absolute or 0, relative or 0) < 0 else Gold(value, margin)
-
-
-def _value_of_cell(value: Any) -> Fraction | None:
-    return value_of(value) if isinstance(value, str) else None
+    relative = numbers.get("rel", Fraction(0) if "abs" in numbers else DEFAULT_REL)
+    return Gold(value, max(numbers.get("abs", Fraction(0)), relative * abs(value)))
 
 
 def value_of(text: str) -> Fraction | None:
@@ -88,7 +87,7 @@ def value_of(text: str) -> Fraction | None:
     value = number(without_unit(spelling))
     if value is None and (measured := _UNITS.fullmatch(spelling)):
         return number(measured[1])
-    return number(spelling) if value is None else value
+    return value
 
 
 def extract(completion: str) -> str | None:

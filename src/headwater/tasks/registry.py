@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from headwater import plugins
 from headwater.errors import UserError, did_you_mean
 from headwater.tasks import (
@@ -22,19 +24,12 @@ from headwater.tasks import (
     sums,
     word_problems,
 )
-from headwater.tasks.golds import cell_as_is, marked_gold
+from headwater.tasks.golds import cell_as_is, gold_answer, marked_gold
 
 Outcome = tuple[bool, str]
 
 NO_VERDICT = "no verdict: "
 """Begins the reason for a completion for which a user's grader returned neither a bool nor (bool, reason); its type follows."""
-
-
-def _after_equals(completion: str) -> str | None:
-    """Text after the last `=`, the answer of a chained sum, for majority votes."""
-    _, sign, answer = completion.rpartition("=")
-    answer = answer.strip()
-    return answer if sign and 0 < len(answer) <= sums.LONGEST_ANSWER else None
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Task:
     quick          (gold, completion) -> outcome if a cheap exact comparison decides, else None; always fast
     as_completion  a completion that contains the gold answer, for `validate`; its result is None if none is known
     blank          a wrong completion, which `validate` grades instead; the reason "error" means that the gold is unusable
-    gold           conversion of a data cell to a gold answer; None: the formats of mathematics data sets
+    gold           conversion of a data cell to a gold answer; None if the cell has none
     refusal        why this machine cannot confine the programs that it runs; its result is None if it can
     warm_up        a pair to grade at worker start, so that imports do not count against the first answer's time
     generator      problem generator (`generate` in a recipe); None if the task has none
@@ -79,7 +74,7 @@ class Task:
     quick: Callable[[str, str], Outcome | None] | None = None
     as_completion: Callable[[str], str | None] = str
     blank: str = "-"
-    gold: Callable[[Any], str | None] | None = None
+    gold: Callable[[Any], str | None] = cell_as_is
     refusal: Callable[[], str | None] | None = None
     warm_up: tuple[str, str] | None = None
     generator: Generator | None = None
@@ -91,9 +86,10 @@ TASKS: dict[str, Task] = {
     "sums": Task(
         "sums",
         sums.grade,
-        _after_equals,
+        sums.extract,
         bounded=False,
         as_completion=lambda gold: f"={gold}",
+        gold=gold_answer,
         generator=Generator(sums.generate, sums.SumsDials),
     ),
     "countdown": Task(
@@ -102,16 +98,16 @@ TASKS: dict[str, Task] = {
         countdown.extract,
         bounded=False,
         as_completion=countdown.as_completion,
-        gold=cell_as_is,
         one_answer=False,
         generator=Generator(countdown.generate, countdown.CountdownDials),
     ),
     "skills": Task(
         "skills",
-        skills.grade,
-        _after_equals,
+        sums.grade,
+        sums.extract,
         bounded=False,
         as_completion=lambda gold: f"={gold}",
+        gold=gold_answer,
         generator=Generator(skills.generate, skills.SkillsDials),
     ),
     "words": Task(
@@ -120,7 +116,6 @@ TASKS: dict[str, Task] = {
         word_problems.extract,
         bounded=False,
         as_completion=lambda gold: f"The answer is {gold}.",
-        gold=cell_as_is,
         generator=Generator(word_problems.generate, word_problems.WordsDials),
     ),
     "maths": Task(
@@ -130,20 +125,18 @@ TASKS: dict[str, Task] = {
         bounded=True,
         quick=maths.quick,
         as_completion=lambda gold: f"\\boxed{{{gold}}}",
+        gold=gold_answer,
         warm_up=("(x+1)^2+\\sqrt{2}", "\\boxed{x^2+2x+1+2^{\\frac{1}{2}}}"),
     ),
-    "exact": Task("exact", exact.grade, exact.extract, bounded=False, gold=cell_as_is),
-    "numeric": Task(
-        "numeric", numeric.grade, numeric.extract, bounded=False, as_completion=numeric.as_completion, gold=cell_as_is
-    ),
-    "choice": Task("choice", choice.grade, choice.extract, bounded=False, gold=cell_as_is),
+    "exact": Task("exact", exact.grade, exact.extract, bounded=False),
+    "numeric": Task("numeric", numeric.grade, numeric.extract, bounded=False, as_completion=numeric.as_completion),
+    "choice": Task("choice", choice.grade, choice.extract, bounded=False),
     "regex": Task(
         "regex",
         regex.grade,
         exact.extract,
         bounded=True,
         as_completion=regex.as_completion,
-        gold=cell_as_is,
         one_answer=False,
     ),
     "json": Task(
@@ -152,7 +145,6 @@ TASKS: dict[str, Task] = {
         json_fields.extract,
         bounded=True,
         as_completion=json_fields.as_completion,
-        gold=cell_as_is,
     ),
     "python": Task(
         "python",
@@ -162,7 +154,6 @@ TASKS: dict[str, Task] = {
         quick=python_tests.quick,
         as_completion=python_tests.as_completion,
         blank=python_tests.BLANK,
-        gold=cell_as_is,
         refusal=sandbox.refusal,
         warm_up=python_tests.WARM_UP,
         one_answer=False,
@@ -206,13 +197,9 @@ def _checked_outcome(value: Any) -> Outcome:
     that returns a score by mistake would reward everything.
     """
     correct, reason = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    if _is_bool(correct) and (reason is None or isinstance(reason, str)):
+    if isinstance(correct, (bool, np.bool_)) and (reason is None or isinstance(reason, str)):
         return bool(correct), ("equal" if correct else "different") if reason is None else str(reason)
     return False, NO_VERDICT + _type_of(value)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
 
 
 def _type_of(value: Any) -> str:

@@ -149,7 +149,7 @@ def run(
             server = _servers[without] = Server(without)
         try:
             report, timed_out, statuses = server.run(job, limits)
-        except BaseException:  # whatever the server would still send belongs to this run
+        except BaseException:  # a late reply of the server would be taken for the next run's
             server.close()
             del _servers[without]
             raise

@@ -84,16 +84,14 @@ def judge(job: dict[str, Any], link: Link) -> dict[str, Any]:
     elif error is None:
         return {"passed": True, "reason": "equal", "detail": ""}
     else:
-        memory, ended = isinstance(error, MemoryError), at == "solution" or isinstance(error, SystemExit)
-        reason, detail = (
-            "memory" if memory else "error" if ended else "different",
-            f"{type(error).__name__}: {error}"[:200],
-        )
+        ended = at == "solution" or isinstance(error, SystemExit)
+        reason = "memory" if isinstance(error, MemoryError) else "error" if ended else "different"
+        detail = f"{type(error).__name__}: {error}"[:200]
     return {"passed": False, "reason": reason, "detail": detail}
 
 
 def start(role: str, channel: int, link: int, job: dict[str, Any]) -> int:
-    """Fork a confined process of a run; its process id. It ends with its part, and never returns here."""
+    """Fork a confined process of a run and return its process id. The child exits when its role ends, and never returns."""
     process = os.fork()
     if process:
         return process

@@ -23,6 +23,8 @@ MEGABYTE = 2**20
 WORK = "/work"
 """The folder of a solution and its tests, within the private root."""
 READABLE_FILES = ("/dev/null", "/etc/localtime")
+NEW_ROOT = "/tmp"
+"""Mount point of the private root before it becomes the root directory."""
 FIRST_USER = 0x70000000
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _READ_ONLY, _NO_SUID, _NO_DEV, _NO_EXEC, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 8, 32, 0x1000, 0x4000, 0x40000
@@ -55,28 +57,28 @@ def enter_namespaces() -> list[str]:
     return ["user namespace", "network namespace"]
 
 
-def enter_private_root(base: str = "/tmp") -> list[str]:
+def enter_private_root() -> list[str]:
     """Replace the root directory by a read-only one with the standard library, /dev/null and an empty folder for each run."""
     number = _PIVOT_ROOT.get(platform.machine())
     if number is None or LIBC.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None) != 0:
         return []
     options = b"size=1m,nr_inodes=4096,mode=755"
-    if LIBC.mount(b"tmpfs", base.encode(), b"tmpfs", _NO_SUID | _NO_DEV, options) != 0:
+    if LIBC.mount(b"tmpfs", NEW_ROOT.encode(), b"tmpfs", _NO_SUID | _NO_DEV, options) != 0:
         return []
     for path in readable_folders():
-        os.makedirs(f"{base}{path}")
-        if not _bind(path, f"{base}{path}", _NO_DEV):
+        os.makedirs(f"{NEW_ROOT}{path}")
+        if not _bind(path, f"{NEW_ROOT}{path}", _NO_DEV):
             return []
         for packages in ("site-packages", "dist-packages"):
-            if os.path.isdir(hidden := f"{base}{path}/{packages}"):
+            if os.path.isdir(hidden := f"{NEW_ROOT}{path}/{packages}"):
                 LIBC.mount(b"tmpfs", hidden.encode(), b"tmpfs", _READ_ONLY | _NO_SUID | _NO_DEV, b"size=4k,mode=755")
     for path in filter(os.path.exists, READABLE_FILES):
-        os.makedirs(os.path.dirname(f"{base}{path}"), exist_ok=True)
-        with open(f"{base}{path}", "w", encoding="ascii"):
+        os.makedirs(os.path.dirname(f"{NEW_ROOT}{path}"), exist_ok=True)
+        with open(f"{NEW_ROOT}{path}", "w", encoding="ascii"):
             pass
-        _bind(path, f"{base}{path}", 0)
-    os.mkdir(f"{base}{WORK}")
-    os.chdir(base)
+        _bind(path, f"{NEW_ROOT}{path}", 0)
+    os.mkdir(f"{NEW_ROOT}{WORK}")
+    os.chdir(NEW_ROOT)
     if LIBC.syscall(number, b".", b".") != 0 or LIBC.umount2(b".", 2) != 0:  # MNT_DETACH
         return []
     os.chdir("/")

@@ -118,12 +118,11 @@ def program(machine: str, profile: Profile) -> list[Instruction]:
 
 def _condition(operand: Operand, rest: int) -> list[Instruction]:
     """Instructions that continue if a condition holds and skip the `rest` instructions after them if not."""
-    offset, values = 16 + 8 * operand.argument, operand.values
+    offset = 16 + 8 * operand.argument
     lines = [(_LOAD, 0, 0, offset), (_AND, 0, 0, operand.mask)]
-    for place, value in enumerate(values):
-        later = len(values) - 1 - place
-        last = later == 0
-        lines.append((_EQUAL, later, rest + (2 if operand.wide else 0) if last else 0, value))
+    *others, last = operand.values
+    lines += [(_EQUAL, len(others) - place, 0, value) for place, value in enumerate(others)]
+    lines.append((_EQUAL, 0, rest + 2 if operand.wide else rest, last))
     if operand.wide:
         lines += [(_LOAD, 0, 0, offset + 4), (_EQUAL, 0, rest, 0)]
     return lines

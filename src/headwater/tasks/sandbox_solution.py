@@ -46,7 +46,7 @@ class Output(io.TextIOBase):
 
 
 def plain(value: Any) -> Any:
-    """The value of an object whose class derives from a type of data, as that type."""
+    """Convert an object whose class derives from a type of data to that type."""
     return next(kind for kind in DATA_TYPES if isinstance(value, kind))(value)
 
 
@@ -157,8 +157,7 @@ class Session:
             parents = [parent for parent in parents if "error" in parent]
             return {"id": place, "error": {**reference_of_error(value), "parents": parents}}
         kind = type(value)
-        own = next(("__eq__" in vars(parent) and parent not in (object, *DATA_TYPES) for parent in kind.__mro__
-                    if "__eq__" in vars(parent)), False)  # fmt: skip
+        own = next((parent not in (object, *DATA_TYPES) for parent in kind.__mro__ if "__eq__" in vars(parent)), False)
         flags = {
             "call": callable(value), "equality": own, "data": isinstance(value, DATA_TYPES), "await": inspect.iscoroutine(value)
         }  # fmt: skip

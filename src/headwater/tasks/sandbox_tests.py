@@ -1,7 +1,8 @@
 """The tests' process of the Python sandbox: proxies of a solution's functions and objects, whose values are decided here.
 
 The solution's process sends plain data; comparisons with plain data happen on this side, so no expected value reaches it and no `==` of
-its own decides one. What would need that is refused, and the refusal is the verdict even if the tests catch the exception.
+its own decides one. A comparison that would need either is refused, and the refusal is the verdict even if the tests catch the
+exception.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ModuleName(str):
 class Solution:
     """Connection to the solution's process.
 
-    failures  (reason, detail) of what decides the verdict whatever the tests do afterwards; the first one counts
+    failures  (reason, detail) that decide the verdict, whatever the tests do afterwards; the first one counts
     """
 
     def __init__(self, link: Link) -> None:
@@ -146,9 +147,8 @@ class Solution:
     def _reference(self, content: dict[str, Any]) -> Any:
         number = int(content["id"])
         if number not in self._proxies:
-            self._proxies[number] = (
-                self._error_class(content["error"]) if "error" in content else self._proxy(number, content)
-            )
+            is_error = "error" in content
+            self._proxies[number] = self._error_class(content["error"]) if is_error else self._proxy(number, content)
         return self._proxies[number]
 
     def _proxy(self, number: int, content: dict[str, Any]) -> Any:
@@ -167,10 +167,9 @@ class Solution:
     def _error(self, raised: dict[str, Any], operation: str) -> BaseException:
         base = builtin_error(raised["base"])
         kind = self._reference({"id": raised["id"], "error": raised})
-        ends_loop = issubclass(
-            kind, (StopIteration, StopAsyncIteration, GeneratorExit)
-        )  # a parent may decide it, not the base
-        if ends_loop and operation != "next":  # it would end a loop of the tests before its assertions
+        # Such an error, by any of its parents, would end a loop of the tests before its assertions.
+        ends_loop = issubclass(kind, (StopIteration, StopAsyncIteration, GeneratorExit))
+        if ends_loop and operation != "next":
             return RuntimeError(f"the solution raised {kind.__name__}")
         error = make_error(kind, tuple(decode(wire, self._resolve) for wire in raised["arguments"]))
         if kind is not base:
@@ -197,21 +196,6 @@ class Proxy:
             self._headwater_solution.refuse(f"{name}() of an object that is no data")
         return value
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._headwater_solution.perform("setattr", self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._headwater_solution.perform("delattr", self, name)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._headwater_solution.perform("getitem", self, key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._headwater_solution.perform("setitem", self, key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self._headwater_solution.perform("delitem", self, key)
-
     def __eq__(self, other: object) -> Any:
         """Equality of two proxies is the solution's; with plain data it is decided here, and only for objects that are data."""
         if isinstance(other, Proxy):
@@ -225,14 +209,8 @@ class Proxy:
     def __ne__(self, other: object) -> Any:
         return self._headwater_solution.perform("ne", self, other) if isinstance(other, Proxy) else not self == other
 
-    def __hash__(self) -> int:
-        return self._headwater_solution.perform("hash", self)
-
-    def __round__(self, digits: int | None = None) -> Any:
-        return self._headwater_solution.perform("round", self, digits)
-
-    def __enter__(self) -> Any:
-        return self._headwater_solution.perform("enter", self)
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._headwater_solution.perform("deepcopy", self)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._headwater_solution.perform("exit", self, kind is not None) and kind is not None:
@@ -257,14 +235,14 @@ class CallableProxy(Proxy):
         return self._headwater_solution.refuse("a class that derives from one of the solution's")
 
 
-def _unary(operation: str) -> Callable[..., Any]:
-    def method(self: Proxy, *memo: Any) -> Any:
-        return self._headwater_solution.perform(operation, self)
+def _forwarded(operation: str) -> Callable[..., Any]:
+    def method(self: Proxy, *arguments: Any) -> Any:
+        return self._headwater_solution.perform(operation, self, *arguments)
 
     return method
 
 
-def _binary(operation: str) -> Callable[[Proxy, Any], Any]:
+def _between_proxies(operation: str) -> Callable[[Proxy, Any], Any]:
     def method(self: Proxy, other: Any) -> Any:
         if not isinstance(other, Proxy):
             self._headwater_solution.refuse(f"the operator {operation} of an object that is no data with plain data")
@@ -275,15 +253,17 @@ def _binary(operation: str) -> Callable[[Proxy, Any], Any]:
 
 # A docstring of the solution's, not the class's.
 Proxy.__doc__ = CallableProxy.__doc__ = property(lambda self: self.__getattr__("__doc__"))  # type: ignore[assignment]
-_UNARY = "len iter next bool str repr reversed int float complex index abs neg pos invert copy deepcopy"
+_FORWARDED = """
+setattr delattr getitem setitem delitem hash round enter len iter next bool str repr reversed int float complex index abs neg pos invert
+copy
+"""
 _COMPARISONS, _ARITHMETIC = "lt le gt ge contains", "add sub mul truediv floordiv mod pow matmul and or xor"
-for _name in _UNARY.split():
-    setattr(Proxy, f"__{_name}__", _unary(_name))
-for _name in _COMPARISONS.split():
-    setattr(Proxy, f"__{_name}__", _binary(_name))
+for _name in _FORWARDED.split():
+    setattr(Proxy, f"__{_name}__", _forwarded(_name))
+for _name in f"{_COMPARISONS} {_ARITHMETIC}".split():
+    setattr(Proxy, f"__{_name}__", _between_proxies(_name))
 for _name in _ARITHMETIC.split():
-    setattr(Proxy, f"__{_name}__", _binary(_name))
-    setattr(Proxy, f"__r{_name}__", _binary(_name))
+    setattr(Proxy, f"__r{_name}__", _between_proxies(_name))
 
 
 class SolutionModule(types.ModuleType):
@@ -295,10 +275,8 @@ class SolutionModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         solution: Solution = self.__dict__["_headwater_solution"]
-        if (
-            name == "__all__"
-        ):  # `namespace` has set what the tests use; a program must not replace names that the tests define
-            return []
+        if name == "__all__":
+            return []  # `namespace` has set what the tests use; a program must not replace names that the tests define
         if name.startswith("__"):
             raise AttributeError(name)
         return solution.lookup(name)

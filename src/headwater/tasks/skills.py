@@ -1,8 +1,8 @@
-"""Sums under many skills: generator and grader of the task on which fresh labels can cover what earlier ones did not.
+"""Sums under many skills: generator of the task on which fresh labels can cover what earlier ones did not.
 
 A problem is `23:17+45+82`: skill 23, then terms. Each skill has a method, a number that its sum starts from; the method does not
 follow from the skill's number, so learning one skill teaches nothing about another. The answer, mod 100, is method + terms: with
-method 81 it is `25`. A solution names a method and shows the running sum (`81;81+17=98+45=43+82=25`).
+method 81 it is `25`. A solution names a method and shows the running sum (`81;81+17=98+45=43+82=25`); it is graded as in `sums`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from headwater.tasks.pools import check_request, pool_of
-from headwater.tasks.sums import grade as grade_sum
+from headwater.tasks.pools import draws, pool_of, randint
 
 SKILLS = 96
 """Skills that exist; `SkillsDials.skills` uses the first of them."""
@@ -52,7 +51,7 @@ DIALS = SkillsDials()
 
 @cache
 def candidates(skill: int) -> tuple[int, ...]:
-    """Methods that come into question for a skill, the right one first.
+    """Candidate methods of a skill, the right one first.
 
     Example: `candidates(23)` is `(81, 0, 83, 50)`.
     """
@@ -84,31 +83,19 @@ def generate(n: int, pool: str, seed: int, dials: SkillsDials = DIALS) -> list[t
 
     Raises ValueError for an unknown pool, or one with fewer than n problems at this difficulty.
     """
-    check_request("skills", n, pool)
+    draw = draws("skills", n, pool, seed)
     total = dials.skills * sum(100**count for count in range(dials.min_terms, dials.max_terms + 1))
     if total < 32 * n:
         raise ValueError(
             f"skills: {n} problems are too many for {dials.skills} skills of {dials.min_terms} to {dials.max_terms} terms"
         )
-    # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
-    draw = random.Random(f"skills:{pool}:{seed}").random
     bounds = list(accumulate(1 / place**dials.tail for place in range(1, dials.skills + 1)))
-    seen: set[str] = set()
-    pairs: list[tuple[str, str]] = []
+    pairs: dict[str, str] = {}
     while len(pairs) < n:
         skill = min(dials.skills - 1, bisect(bounds, draw() * bounds[-1]))
-        count = dials.min_terms + int(draw() * (dials.max_terms - dials.min_terms + 1))
+        count = randint(draw, dials.min_terms, dials.max_terms)
         terms = [int(draw() * 100) for _ in range(count)]
         problem = f"{skill:02d}:" + "+".join(f"{term:02d}" for term in terms)
-        if problem not in seen and pool_of("skills", problem) == pool:
-            seen.add(problem)
-            pairs.append((problem, solution(problem, candidates(skill)[0])[-2:]))
-    return pairs
-
-
-def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """Compare the text after the last `=` with the gold answer; (correct, `equal` | `different` | `no_answer`).
-
-    Example: grade("25", "81;81+17=98+45=43+82=25") -> (True, "equal")
-    """
-    return grade_sum(gold, completion)
+        if problem not in pairs and pool_of("skills", problem) == pool:
+            pairs[problem] = solution(problem, candidates(skill)[0])[-2:]
+    return list(pairs.items())

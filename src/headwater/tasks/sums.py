@@ -6,10 +6,10 @@ A worked solution (`17+45=62+82=44+03=47`) shows the running sum after each term
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+from itertools import product
 
-from headwater.tasks.pools import check_request, pool_of
+from headwater.tasks.pools import draws, pool_of, randint
 
 LONGEST_ANSWER = 32  # characters; enough for any modulus, and bounds what the grader copies
 
@@ -49,20 +49,16 @@ def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tup
     Raises ValueError for an unknown pool, or one with fewer than n problems at this difficulty.
     Example: generate(1, "eval", 0) -> [("17+45+82+03", "47")]
     """
-    check_request("sums", n, pool)
+    draw = draws("sums", n, pool, seed)
     _check_pool_size(n, pool, dials)
-    # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
-    draw = random.Random(f"sums:{pool}:{seed}").random
-    seen: set[str] = set()
-    pairs: list[tuple[str, str]] = []
+    pairs: dict[str, str] = {}
     while len(pairs) < n:
-        count = dials.min_terms + int(draw() * (dials.max_terms - dials.min_terms + 1))
+        count = randint(draw, dials.min_terms, dials.max_terms)
         terms = [int(draw() * dials.modulus) for _ in range(count)]
         problem = "+".join(str(term).zfill(dials.width) for term in terms)
-        if problem not in seen and pool_of("sums", problem) == pool:
-            seen.add(problem)
-            pairs.append((problem, str(sum(terms) % dials.modulus).zfill(dials.width)))
-    return pairs
+        if problem not in pairs and pool_of("sums", problem) == pool:
+            pairs[problem] = str(sum(terms) % dials.modulus).zfill(dials.width)
+    return list(pairs.items())
 
 
 def _check_pool_size(n: int, pool: str, dials: SumsDials) -> None:
@@ -73,16 +69,22 @@ def _check_pool_size(n: int, pool: str, dials: SumsDials) -> None:
     total = sum(dials.modulus**count for count in range(dials.min_terms, dials.max_terms + 1))
     if total > max(32 * n, 20_000):
         return
-    available = 0
-    for count in range(dials.min_terms, dials.max_terms + 1):
-        for index in range(dials.modulus**count):
-            digits = [index // dials.modulus**place % dials.modulus for place in range(count)]
-            available += pool_of("sums", "+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
+    numbers = [str(number).zfill(dials.width) for number in range(dials.modulus)]
+    counts = range(dials.min_terms, dials.max_terms + 1)
+    problems = ("+".join(terms) for count in counts for terms in product(numbers, repeat=count))
+    available = sum(pool_of("sums", problem) == pool for problem in problems)
     if available < n:
         raise ValueError(
             f"sums: pool {pool!r} has {available} problems with modulus {dials.modulus} and {dials.min_terms} to "
             f"{dials.max_terms} terms, but {n} were requested"
         )
+
+
+def extract(completion: str) -> str | None:
+    """Text after the last `=`, the answer of a chained sum; None if it is empty or too long."""
+    _, sign, answer = completion.rpartition("=")
+    answer = answer.strip()
+    return answer if sign and 0 < len(answer) <= LONGEST_ANSWER else None
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
@@ -91,8 +93,7 @@ def grade(gold: str, completion: str) -> tuple[bool, str]:
     Linear time; no input can run code or raise.
     Example: grade("47", "17+45=62+82=44+03=47") -> (True, "equal"); grade("47", "47") -> (False, "no_answer")
     """
-    _, sign, answer = completion.rpartition("=")
-    answer = answer.strip() if sign else ""
-    if not (0 < len(answer) <= LONGEST_ANSWER and answer.isascii() and answer.isdigit()):
+    answer = extract(completion)
+    if answer is None or not (answer.isascii() and answer.isdigit()):
         return False, "no_answer"
     return (True, "equal") if answer == gold.strip() else (False, "different")

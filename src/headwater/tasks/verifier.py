@@ -262,11 +262,8 @@ class _Worker:
         return self._process.poll() is None
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
+        with contextlib.suppress(OSError), self._process:  # closes the pipes and waits
+            self._process.kill()
 
     def _reset_deadline(self) -> None:
         if self.ready:

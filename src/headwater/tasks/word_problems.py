@@ -7,23 +7,13 @@ solution has one sentence per operation, a short one none. Both end in "The answ
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from headwater.tasks.pools import check_request, pool_of
+from headwater.tasks.pools import Draw, check_request, choice, draws, pool_of, randint, sample
 from headwater.tasks.word_problems_text import NAMES, SCENES, Scene, write_problem
-from headwater.tasks.word_problems_world import (  # fmt: skip
-    Draw,
-    Quantity,
-    Step,
-    World,
-    choice,
-    generate_world,
-    sample,
-    shuffle_steps,
-)
+from headwater.tasks.word_problems_world import Quantity, World, generate_world, shuffle_steps
 
 ANSWER_PREFIXES = ("The answer is", "the answer is")
 MAX_RENAMES = 100  # sets of names to try until a drafted problem falls into the requested pool
@@ -58,7 +48,9 @@ DIALS = WordsDials()  # what the desk models are trained on
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A problem, the DAG behind it and the words that it is told in.
+    """A problem, the DAG behind it, its vocabulary and its names.
+
+    world  its quantities are owned by the placeholders "{0}", "{1}" … of names
 
     Example: `next(problems("eval", 0))`
     """
@@ -67,6 +59,7 @@ class WordProblem:
     gold: str
     world: World
     scene: Scene
+    names: tuple[str, ...]
 
 
 def problems(pool: str, seed: int | str, dials: WordsDials = DIALS) -> Iterator[WordProblem]:
@@ -75,30 +68,29 @@ def problems(pool: str, seed: int | str, dials: WordsDials = DIALS) -> Iterator[
     The numbers of operations and of distractors are uniform over their ranges.
     Raises ValueError for an unknown pool.
     """
-    check_request("words", 0, pool)
-    # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
-    draw = random.Random(f"words:{pool}:{seed}").random
+    draw = draws("words", 0, pool, seed)
     while True:
-        draft = draft_problem(draw, dials)
-        people = 1 + max(int(step.quantity.owner[1:-1]) for step in draft.world.steps)
+        template, world, scene = draft_problem(draw, dials)
+        people = 1 + max(int(step.quantity.owner[1:-1]) for step in world.steps)
         for _ in range(MAX_RENAMES):  # new names make a new problem, far faster than a new DAG
             names = sample(draw, NAMES, people)
-            if pool_of("words", draft.text.format(*names)) == pool:
-                yield fill_names(draft, names)
+            text = template.format(*names)
+            if pool_of("words", text) == pool:
+                yield WordProblem(text, str(world.question.value), world, scene, tuple(names))
                 break
 
 
-def draft_problem(draw: Draw, dials: WordsDials) -> WordProblem:
-    """Generate a problem with placeholders "{0}", "{1}" … for names."""
-    ops = dials.min_ops + int(draw() * (dials.max_ops - dials.min_ops + 1))
-    distractors = int(draw() * (dials.distractors + 1))
+def draft_problem(draw: Draw, dials: WordsDials) -> tuple[str, World, Scene]:
+    """Text, DAG and vocabulary of a problem, with placeholders "{0}", "{1}" … for names."""
+    ops = randint(draw, dials.min_ops, dials.max_ops)
+    distractors = randint(draw, 0, dials.distractors)
     scene = choice(draw, SCENES)
     world = None
     while world is None:
         quantities = draw_quantities(draw, scene, 2 * ops + 4 + distractors)
         world = generate_world(draw, quantities, ops, distractors, dials.largest)
     world = shuffle_steps(draw, world)
-    return WordProblem(write_problem(world, scene, draw), str(world.question.value), world, scene)
+    return write_problem(world, scene, draw), world, scene
 
 
 def draw_quantities(draw: Draw, scene: Scene, count: int) -> list[Quantity]:
@@ -113,16 +105,6 @@ def draw_quantities(draw: Draw, scene: Scene, count: int) -> list[Quantity]:
             quantities.append(Quantity(f"{{{person}}}", things[1 - things.index(first)]))
         person += 1
     return quantities
-
-
-def fill_names(draft: WordProblem, names: Sequence[str]) -> WordProblem:
-    """Replace the placeholders of a draft by names."""
-
-    def fill(step: Step) -> Step:
-        return replace(step, quantity=Quantity(step.quantity.owner.format(*names), step.quantity.thing))
-
-    world = World(tuple(map(fill, draft.world.steps)), fill(draft.world.question))
-    return replace(draft, text=draft.text.format(*names), world=world)
 
 
 def generate(n: int, pool: str, seed: int, dials: WordsDials = DIALS) -> list[tuple[str, str]]:

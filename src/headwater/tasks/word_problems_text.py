@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headwater.tasks.word_problems_world import Draw, Quantity, Step, World, choice
+from headwater.tasks.pools import Draw, choice
+from headwater.tasks.word_problems_world import Quantity, Step, World
 
 NAMES = (
     "Ada", "Aki", "Ana", "Ben", "Bo", "Carl", "Cleo", "Dan", "Dina", "Eli", "Ella", "Emil", "Eva", "Finn", "Fred", "Gina",

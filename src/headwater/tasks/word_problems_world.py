@@ -9,10 +9,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-T = TypeVar("T")
-Draw = Callable[[], float]  # uniform in [0, 1)
+from headwater.tasks.pools import Draw, choice, randint
 
 LEAST = 2
 """Smallest value, so that nouns are always plural."""
@@ -87,11 +85,6 @@ class World:
         """Indices of the steps that the answer depends on, ascending; the others are distractors."""
         return tuple(sorted(gradients(self.steps, self.question)))
 
-    @property
-    def operations(self) -> int:
-        """Number of arithmetic operations on the path to the answer."""
-        return sum(step.sign != "" for step in (*(self.steps[index] for index in self.needed), self.question))
-
 
 def gradients(steps: Sequence[Step], last: Step) -> dict[int, float]:
     """Derivative of the last step's value with respect to each step that it depends on, by reverse accumulation.
@@ -117,21 +110,6 @@ def gradients(steps: Sequence[Step], last: Step) -> dict[int, float]:
         if index in grads:
             backward(steps[index], grads[index])
     return grads
-
-
-def choice(draw: Draw, options: Sequence[T]) -> T:
-    return options[int(draw() * len(options))]
-
-
-def sample(draw: Draw, options: Sequence[T], count: int) -> list[T]:
-    """`count` distinct options in random order."""
-    remaining = list(options)
-    return [remaining.pop(int(draw() * len(remaining))) for _ in range(count)]
-
-
-def randint(draw: Draw, low: int, high: int) -> int:
-    """Uniform integer, both ends inclusive."""
-    return low + int(draw() * (high - low + 1))
 
 
 def generate_world(
