@@ -125,7 +125,7 @@ def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDi
             def part(name: str) -> None:
                 bars.update(task, description=f"{head}: {name}" if name else head)
 
-            yield NodeProgress(start, advance, lambda: False, partial(warn, head), part=part)
+            yield NodeProgress(start, advance, warn=partial(warn, head), part=part)
         end = f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}"
         say(end.rstrip())
 

@@ -75,14 +75,10 @@ def test_longest_remaining_chain_starts_first_and_parents_before_children(tmp_pa
 def job_of(folder: Path, arms: str, *changes: str, progress_display: ProgressDisplay | None = None) -> Iterator[Job]:
     """The tiny recipe's nodes, none of them done, for an executor."""
     wanted = arms.split(",")
-    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(silent_progress()))
+    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(NodeProgress()))
     with prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, inputs):
         todo = {plan.names[node]: node for node in plan.order()}
         yield Job(plan, inputs, wanted, RunDir(folder), todo, progress_display or silent, lambda: False)
-
-
-def silent_progress() -> NodeProgress:
-    return NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
 
 
 # A worker without models: it says of each node that it is done, or dies of it as many times as the file `deaths` has lines.
@@ -126,7 +122,7 @@ def test_each_worker_sees_one_gpu(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")  # without GPUs for the workers it stays as it is
     shown: list[str] = []
-    display = ProgressDisplay(shown.append, lambda title, number, total: contextlib.nullcontext(silent_progress()))
+    display = ProgressDisplay(shown.append, lambda title, number, total: contextlib.nullcontext(NodeProgress()))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=display) as job:
         assert LocalExecutor(workers, (sys.executable, "-c", GPU_WORKER), gpus)(job) == {}
         assert {(tmp_path / name).read_text() for name in job.todo} == seen
@@ -169,7 +165,7 @@ def test_visible_gpus_stay_within_those_set(
 def test_node_of_killed_worker_is_retried_once_then_fails(deaths: int, tmp_path: Path) -> None:
     lines: list[str] = []
     progress_display = ProgressDisplay(
-        lines.append, lambda title, number, total: contextlib.nullcontext(silent_progress())
+        lines.append, lambda title, number, total: contextlib.nullcontext(NodeProgress())
     )
     (tmp_path / "deaths").write_text(str(deaths))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=progress_display) as job:

@@ -2,7 +2,7 @@
 
 Workers are started by `subprocess`, so the caller's start method, main module and threads do not matter. Each line of JSON on a
 pipe is a message: {"run": NODE} and {"stop": true} (end at the next step) to a worker, those of `remote` from it. A worker
-ends when its input is closed.
+makes the plan once, runs the nodes that it is sent, and ends when its input is closed.
 """
 
 from __future__ import annotations
@@ -10,27 +10,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 
 from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job, run_in_process
-from headwater.runs.executors.remote import RemoteNode
+from headwater.runs.executors.remote import Message, RemoteNode, Worker
 from headwater.runs.executors.schedule import Schedule
 
 LISTEN_SECONDS = 0.2  # delay at most until a requested stop is passed on
 # A worker takes over its parent's import path before it imports headwater.
 BOOT = (
     "import sys, json; setup = json.loads(sys.stdin.buffer.readline()); sys.path[:] = setup['path']; "
-    "from headwater.runs.executors.local_worker import serve; serve(setup)"
+    "from headwater.runs.executors.local import serve; serve(setup)"
 )
 
 
@@ -213,3 +216,40 @@ def exit_reason(code: int) -> str:
         return f"ended with code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     return f"was killed by {name}" + (" (too little memory?)" if name == "SIGKILL" else "")
+
+
+# In the worker ---------------------------------------------------------------------------------------------------------
+
+
+def serve(setup: dict[str, Any]) -> NoReturn:
+    """Main function of a worker: run the nodes that the driver sends until it closes the pipe."""
+    sink = os.dup(1)
+    os.dup2(2, 1)  # output of libraries must not mix with the messages
+    inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, inbox, stop), daemon=True).start()
+
+    def send(message: Message) -> None:
+        os.write(sink, json.dumps(message).encode() + b"\n")
+
+    name = ""
+    try:
+        with Worker.prepare(setup) as worker:
+            while True:
+                name = inbox.get()
+                send(worker.run(name, send, stop.is_set))
+    except Exception as error:
+        send({"broken": name, "failure": Failure.of(error).to_json()})
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)  # a normal exit would wait for the thread that reads
+
+
+def _listen(source: BinaryIO, inbox: queue.SimpleQueue[str], stop: threading.Event) -> None:
+    for line in source:
+        message = json.loads(line)
+        if "run" in message:
+            inbox.put(message["run"])
+        else:
+            stop.set()
+    os._exit(0)  # the driver is gone, so this process must not write to the folder any more

@@ -51,8 +51,7 @@ class TorchrunExecutor:
             failure = None
             try:
                 with job.show(name) as progress:
-                    should_stop = stopped_on_any(self.ranks, job.stopped)
-                    progress = replace(progress, should_stop=should_stop, say=job.progress_display.say)
+                    progress = replace(progress, should_stop=stopped_on_any(self.ranks, job.stopped))
                     start_node(job.todo[name], NodeContext(job.plan, inputs, job.out, progress, self.ranks))
             except Exception as error:
                 if is_lost_process(error):
@@ -95,9 +94,7 @@ def run_worker_rank(ranks: ProcessGroup) -> int:
                 return int(message["end"])
             with Worker.prepare(message["begin"]) as worker:
                 inputs = share_grading(worker.inputs, ranks.duplicate())
-                progress = NodeProgress(
-                    lambda done, total, unit: None, lambda count, metrics: None, stopped_on_any(ranks, stopped)
-                )
+                progress = NodeProgress(should_stop=stopped_on_any(ranks, stopped))
                 context = NodeContext(worker.plan, inputs, worker.out, progress, ranks)
                 while "run" in (message := ranks.broadcast(Message())):
                     if not run_on_worker_rank(worker.node(message["run"]), context):
@@ -106,9 +103,9 @@ def run_worker_rank(ranks: ProcessGroup) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        lost = is_lost_process(error)
-        _print_error(ranks, str(LostProcessError()) if lost else Failure.of(error).sentence)
-        return LostProcessError.exit_code if lost else error.exit_code if isinstance(error, HeadwaterError) else 1
+        failure = Failure.of(LostProcessError() if is_lost_process(error) else error)
+        _print_error(ranks, failure.sentence)
+        return failure.code
 
 
 def run_on_worker_rank(node: Node, context: NodeContext) -> bool:
