@@ -22,7 +22,7 @@ from headwater.runs.memory_estimate import (
     whole_copy_bytes,
 )
 from headwater.runs.node_estimate import Estimate
-from headwater.runs.plan import Node, Plan, Role, base_of, scorers, supervisor
+from headwater.runs.plan import ROLES, Node, Plan, Role, base_of, scorers, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
 from headwater.training.conditions import Schedule
@@ -35,9 +35,6 @@ class Assumptions:
     mean_tokens: float | None = None
     devices: int = 1
     device_memory: float | None = None
-
-
-ROLES: tuple[Role, ...] = ("student", "teacher", "expert")
 
 
 def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumptions()) -> list[Estimate]:
@@ -101,51 +98,48 @@ class Estimator:
 
     def estimate(self, node: Node) -> Estimate:
         """Cost of one node, its evaluation and measurements included."""
-        recipe, shape, stage = self.inputs.recipe, self.shape(node.start), node.settings
+        recipe, shape = self.inputs.recipe, self.shape(node.start)
         evals = 0
         if node.kind != "rollouts":
             evals = sum(len(problems) for problems, _ in self.inputs.evals.values()) * recipe.evaluate.samples
         completion = self.completion_tokens(recipe.evaluate.sampling)
-        eval_tokens = int(evals * completion)
-        labels = steps = scored = 0
-        measured = condition_share = scoring = 0.0
-        training = 0.0, (0.0, 0.0)
-        sampled = eval_tokens
-        flops = shape.flops(eval_tokens + evals * self.prompt, (completion + self.prompt) / 2)
-        decoded = self.decoding(shape, eval_tokens, completion)
-        if stage is not None and node.pool is not None:
-            stage_completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
-            own = int(self.rows(node)[0] * stage_completion)
-            if node.kind == "rollouts":
-                sampled, scored, flops, generated = own, own, stage_flops, own
-            else:
-                objective = objective_of(stage)
-                steps = self.steps(node)
-                labels = self.labels(node, steps)
-                generated, scored, measured = self.measurements(node, steps)
-                condition_share = self.condition_share(node, steps)
-                generated += own if objective.source == "policy" else 0
-                scored += own if node.teacher is not None and "teacher" in objective.signals else 0
-                sampled += generated
-                flops = stage_flops + flops + measured
-                own = own if objective.source == "policy" else 0
-            scoring, training = self.scoring_flops(node), (stage_flops, self.decoding(shape, own, stage_completion))
-            read, decoding_flops = self.decoding(shape, generated, stage_completion)
-            decoded = read + decoded[0], decoding_flops + decoded[1]
-        return Estimate(
+        tokens = int(evals * completion)
+        evaluation = Estimate(
             name=self.plan.names[node],
-            labels=labels,
-            steps=steps,
-            tokens_sampled=sampled,
-            tokens_teacher_scored=scored,
-            flops=flops,
+            labels=0,
+            steps=0,
+            tokens_sampled=tokens,
+            tokens_teacher_scored=0,
+            flops=shape.flops(tokens + evals * self.prompt, (completion + self.prompt) / 2),
             bytes=self.model_bytes(node).total,
             memory=self.device_memory(node),
-            decoded=decoded,
-            measured=measured,
-            condition_share=condition_share,
-            scoring=scoring,
-            training=training,
+            decoded=self.decoding(shape, tokens, completion),
+        )
+        return evaluation if node.kind == "evaluate" else self._with_stage(evaluation, node)
+
+    def _with_stage(self, evaluation: Estimate, node: Node) -> Estimate:
+        """Add the cost of a stage, or of a teacher's cache, to that of its evaluation."""
+        stage, shape = node.settings, self.shape(node.start)
+        assert stage is not None
+        objective, cache = objective_of(stage), node.kind == "rollouts"
+        steps = 0 if cache else self.steps(node)
+        completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
+        own = int(self.rows(node)[0] * completion) if cache or objective.source == "policy" else 0
+        scored = own if cache or (node.teacher is not None and "teacher" in objective.signals) else 0
+        sampled_measuring, scored_measuring, flops_measuring = self.measurements(node, steps)
+        read, decoding_flops = self.decoding(shape, own + sampled_measuring, completion)
+        return replace(
+            evaluation,
+            labels=self.labels(node, steps),
+            steps=steps,
+            tokens_sampled=evaluation.tokens_sampled + own + sampled_measuring,
+            tokens_teacher_scored=scored + scored_measuring,
+            flops=stage_flops + evaluation.flops + flops_measuring,
+            decoded=(read + evaluation.decoded[0], decoding_flops + evaluation.decoded[1]),
+            measured=flops_measuring,
+            condition_share=self.condition_share(node, steps),
+            scoring=self.scoring_flops(node),
+            training=(stage_flops, self.decoding(shape, own, completion)),
         )
 
     def shape(self, source: Role | Node) -> Shape:
@@ -244,10 +238,8 @@ class Estimator:
 
     def condition_share(self, node: Node, steps: int) -> float:
         """FLOPs of measuring condition C2 in a stage of so many steps, as a share of the FLOPs of its training."""
-        measured, trained = (
-            self.condition_cost(node, self.condition_schedule(node, steps), steps)[2],
-            self.stage_flops(node),
-        )
+        measured = self.condition_cost(node, self.condition_schedule(node, steps), steps)[2]
+        trained = self.stage_flops(node)
         return measured / trained if trained else 0.0
 
     def condition_cost(self, node: Node, schedule: Schedule, steps: int) -> tuple[int, int, float]:
@@ -255,10 +247,8 @@ class Estimator:
         teacher = supervisor(node)
         if teacher is None or node.settings is None:
             return 0, 0, 0.0
-        rows, completion = (
-            schedule.measurements(steps) * schedule.problems,
-            self.completion_tokens(node.settings.sampling),
-        )
+        rows = schedule.measurements(steps) * schedule.problems
+        completion = self.completion_tokens(node.settings.sampling)
         length = completion + self.prompt
         scored = int(2 * rows * length)
         flops = self.shape(node.start).flops(3 * rows * length, length / 2)

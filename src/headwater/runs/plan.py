@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from headwater.config.arm import Arm, Pool, Step
 from headwater.config.arms import arm_of, stage_of
@@ -19,6 +19,7 @@ from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
 Role = Literal["student", "teacher", "expert"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -328,9 +329,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         fields["validation"] = content["validation"]
     if graded and content.get("grader") is not None:
         fields["grader"] = content["grader"]
-    if (
-        recipe.compute.sampler != "torch"
-    ):  # another sampler draws other tokens, and the loss corrects for its distribution
+    if recipe.compute.sampler != "torch":  # draws other tokens, and the loss corrects for its distribution
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
         if SAMPLERS[recipe.compute.sampler].of_user:
             fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
@@ -338,16 +337,10 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         fields |= {"overlap": recipe.compute.overlap, "importance_cap": recipe.compute.vllm.importance_cap}
     if node.kind == "train" and stage and stage.spec.loss is not None:
         fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
-    if (
-        node.aligns_tokenizers
-    ):  # the rollouts of a cache are in the ids of their reader, and the form decides what it holds
-        assert stage is not None
-        fields["aligned"] = [
-            of(node.learner),
-            stage.dense.tokenizers,
-            stage.dense.divergence,
-            recipe.models.teacher_tokenizer,
-        ]
+    if stage and node.aligns_tokenizers:
+        # The rollouts of a cache are in the ids of their reader, and the form decides what it holds.
+        dense = stage.dense
+        fields["aligned"] = [of(node.learner), dense.tokenizers, dense.divergence, recipe.models.teacher_tokenizer]
     if recipe.prompt.teacher is not None and recipe.prompt.teacher.privileged is not None and reads_contexts(node):
         fields["contexts"] = content["contexts"]
     if "day" in content and (day := content["day"](node.role)) is not None:
