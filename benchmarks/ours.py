@@ -89,7 +89,7 @@ def step_of(case: Case, root: Path) -> Step:
     source = PolicyRollouts(
         policy=policy,
         stage=stage,
-        draw=("benchmark", 0),
+        draw=(0, "benchmark"),
         objective=objective,
         prompts={problem.id: ids_of(policy, problem) for problem in problems},
         sampler=TorchSampler(policy, COMPUTE.sample_batch),

@@ -119,7 +119,7 @@ def headwater_work(case: Case) -> PairWork:
     source = PolicyRollouts(
         policy=student,
         stage=stage,
-        draw=("benchmark", 0),
+        draw=(0, "benchmark"),
         objective=objective,
         prompts={problem.id: prompter.ids(problem) for problem in problems},
         sampler=TorchSampler(student, COMPUTE.sample_batch),

@@ -315,7 +315,7 @@ class ReferenceBody(nn.Module):
 
 
 class FollowingBody(nn.Module):
-    """An adapted model's body with a copy of its adapter, which can follow the one that trains (`training.moving_copy`)."""
+    """An adapted model's body with a copy of its adapter, which can follow the one that trains (`training.lagged_copy`)."""
 
     def __init__(self, body: nn.Module, adapter: Adapter) -> None:
         super().__init__()

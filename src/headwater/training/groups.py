@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,6 @@ from headwater.config.stage import Stage
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.advantages import ADVANTAGES
 from headwater.losses.batch import Row
-from headwater.training.update import split_minibatches
 from headwater.types import Verdict
 
 
@@ -37,6 +37,13 @@ def with_tags(rows: Sequence[Row], tags: Mapping[str, str]) -> list[Row]:
 
 def groups_of(rows: Sequence[Row], group_size: int) -> list[Sequence[Row]]:
     return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+
+
+def split_minibatches(rows: Sequence[Row], parts: int, group_size: int) -> list[list[Row]]:
+    """Split rows into `parts` of nearly equal size without cutting a group of `group_size` rows."""
+    groups = groups_of(rows, group_size)
+    cuts = [round(index * len(groups) / parts) for index in range(parts + 1)]
+    return [[row for group in groups[a:b] for row in group] for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def count_uninformative(rows: Sequence[Row], group_size: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -315,45 +315,32 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
     return None
 
 
-class NoSignalGuard:
-    """Stops a stage whose labels buy nothing: in its first steps every group's rewards are equal.
+def no_signal(
+    guards: Guards, stage: StageOutcomes, rows: Sequence[Row], steps: int, pool: int, dense: Dense
+) -> str | None:
+    """Why a stage must stop because its labels buy nothing: in its first steps every group's rewards are equal. Else None.
 
-    Call `check` after the step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
+    Call it after the last step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
 
+    rows   of metrics.jsonl, one for each step so far
     steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
     pool   number of labels that the stage may look at
     dense  the stage's settings of the teacher's signal; where it trains groups that are all wrong, their labels buy that
     """
-
-    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int, dense: Dense) -> None:
-        stops = guards.no_signal == "stop" and steps >= guards.patience and not dense.trains_wrong_groups
-        self._step = guards.patience if stops else None
-        self._stage, self._steps, self._pool = stage, steps, pool
-        self._informative = False
-
-    def catch_up(self, rows: Iterable[Row]) -> str | None:
-        """Replay the rows of finished steps; return why the stage had stopped at the last of them, if it had."""
-        last: Row = {}
-        for row in rows:
-            self._informative |= row.get("informative", 0.0) > 0.0
-            last = row
-        return self.check(last)
-
-    def check(self, row: Row) -> str | None:
-        """Why the stage must stop after this step; None where it goes on."""
-        if "informative" not in row:
-            return None
-        self._informative |= row["informative"] > 0.0
-        if self._step is None or self._informative or row["step"] < self._step:
-            return None
-        step = int(row["step"])
-        spent = [spend for spend in read_jsonl(self._stage.folder.ledger) if spend["purpose"] == "train"]
-        labels = len({label for spend in spent for label in spend["labels"]})
-        outcomes = self._stage.over(range(1, step + 1))
-        left = self._pool - labels if step < self._steps else 0
-        rest = f", and the other {left} of this stage's {self._pool} would be wasted too" if left > 0 else ""
-        return (
-            f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
-            f"{outcomes.because(self._stage.max_tokens)}; {labels} labels were looked at{rest}; "
-            f"{outcomes.remedy(self._stage.field)} (or set guards.no_signal=continue to train on all the same)"
-        )
+    if guards.no_signal != "stop" or steps < guards.patience or dense.trains_wrong_groups:
+        return None
+    if not rows or "informative" not in rows[-1] or rows[-1]["step"] < guards.patience:
+        return None
+    if any(row.get("informative", 0.0) > 0.0 for row in rows):
+        return None
+    step = int(rows[-1]["step"])
+    spent = [spend for spend in read_jsonl(stage.folder.ledger) if spend["purpose"] == "train"]
+    labels = len({label for spend in spent for label in spend["labels"]})
+    outcomes = stage.over(range(1, step + 1))
+    left = pool - labels if step < steps else 0
+    rest = f", and the other {left} of this stage's {pool} would be wasted too" if left > 0 else ""
+    return (
+        f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
+        f"{outcomes.because(stage.max_tokens)}; {labels} labels were looked at{rest}; "
+        f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on all the same)"
+    )
