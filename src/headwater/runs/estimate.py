@@ -26,6 +26,7 @@ from headwater.runs.plan import ROLES, Node, Plan, Role, base_of, scorers, super
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
 from headwater.training.conditions import Schedule
+from headwater.training.update import needs_old_logp
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ class Estimator:
         """Add the cost of a stage, or of a teacher's cache, to that of its evaluation."""
         stage, shape = node.settings, self.shape(node.start)
         assert stage is not None
-        objective, cache = objective_of(stage), node.kind == "rollouts"
+        cache = node.kind == "rollouts"
         steps = 0 if cache else self.steps(node)
         completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
-        own = int(self.rows(node)[0] * completion) if cache or objective.source == "policy" else 0
-        scored = own if cache or (node.teacher is not None and "teacher" in objective.signals) else 0
+        own = int(self.rows(node)[0] * completion) if cache or stage.on_policy else 0
+        scored = own if cache or node.teacher is not None else 0
         sampled_measuring, scored_measuring, flops_measuring = self.measurements(node, steps)
         read, decoding_flops = self.decoding(shape, own + sampled_measuring, completion)
         return replace(
@@ -172,12 +173,14 @@ class Estimator:
         return pool if node.settings.sparse.dynamic_sampling else min(pool, steps * node.settings.prompts_per_step)
 
     def rows(self, node: Node) -> tuple[int, int]:
-        """(rows, prompts prefilled) of all steps. An upper bound prefills a prompt per row, an estimate one per group."""
+        """(rows, prompts prefilled) of all steps, or of a cache. A cache and an upper bound prefill a prompt per row, an estimate
+        one per group.
+        """
         assert node.settings is not None and node.pool is not None
         stage = node.settings
         if node.kind == "rollouts":
             rows = self.plan.cached_rollouts(node)
-            return rows, min(rows, len(self.inputs.prompts(node.pool, stage)))
+            return rows, rows
         steps = self.steps(node)
         shared = stage.on_policy and self.assumptions.mean_tokens is not None
         return steps * stage.batch_size, steps * (stage.prompts_per_step if shared else stage.batch_size)
@@ -186,35 +189,33 @@ class Estimator:
         """FLOPs of a node without its evaluation and measurements."""
         if node.settings is None or node.pool is None:
             return 0.0
-        stage, shape, (rows, prompts) = node.settings, self.shape(node.start), self.rows(node)
-        completion = self.completion_tokens(stage.sampling)
-        tokens, context = rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
-        if node.kind == "rollouts":  # sampled, and scored row by row
-            return 2 * shape.flops(rows * (completion + self.prompt), context)
-        objective, (_, adapter) = objective_of(stage), self.adapter_size(node)
+        if node.kind == "rollouts":  # sampled, and scored
+            return 2 * self.scoring_flops(node)
+        stage, shape, (_, adapter) = node.settings, self.shape(node.start), self.adapter_size(node)
+        tokens, context = self.tokens_and_context(node)
         flops = stage.passes * shape.flops(tokens, context, 3, adapter)
-        if objective.source == "policy":
-            if stage.passes * stage.minibatches > 1:
+        if stage.on_policy:
+            if needs_old_logp(stage):
                 flops += shape.flops(tokens, context, 1, adapter)
             flops += shape.flops(tokens, context)
             flops += self.scoring_flops(node)
             weights = stage.dense.token_weights
-            scoring_passes = ("reference" in objective.signals) + (weights is not None and weights.soft_or is not None)
+            scoring_passes = stage.needs_reference + (weights is not None and weights.soft_or is not None)
             scoring_passes += stage.dense.candidates != "teacher"
             flops += scoring_passes * shape.flops(tokens, context)
         return flops
 
     def scoring_flops(self, node: Node) -> float:
         """FLOPs of a node's rollouts under its teacher; a served teacher's are not this machine's."""
+        tokens, context = self.tokens_and_context(node)
+        models = [node.start] if node.kind == "rollouts" else scorers(node)
+        return sum((self.shape(source).flops(tokens, context) for source in models), 0.0)
+
+    def tokens_and_context(self, node: Node) -> tuple[float, float]:
+        """(tokens of a node's rows and the prompts that are prefilled for them, mean number of tokens that one attends to)."""
         assert node.settings is not None
         (rows, prompts), completion = self.rows(node), self.completion_tokens(node.settings.sampling)
-        context = (completion + self.prompt) / 2
-        if node.kind == "rollouts":
-            return self.shape(node.start).flops(rows * (completion + self.prompt), context)
-        if objective_of(node.settings).source != "policy":
-            return 0.0
-        tokens = rows * completion + prompts * self.prompt
-        return sum(self.shape(source).flops(tokens, context) for source in scorers(node))
+        return rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
 
     def measurements(self, node: Node, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measurements between a stage's steps."""
@@ -266,12 +267,12 @@ class Estimator:
         shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
         if node.kind != "train" or stage is None:
             return model_bytes(None, 0, False, [shape], width)
-        objective, (adapter, _), lora = objective_of(stage), self.adapter_size(node), node.lora(self.inputs.recipe)
+        (adapter, _), lora = self.adapter_size(node), node.lora(self.inputs.recipe)
         queried = set(scorers(node))
         teacher = supervisor(node)
         if teacher is not None and self.inputs.recipe.conditions.problems:
             queried.add(teacher)
-        if "reference" in objective.signals:
+        if stage.on_policy and stage.needs_reference:
             queried.add(node.start)
         frozen = [self.shape(source) for source in queried if source != node.start or not adapter]
         return model_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
@@ -279,7 +280,7 @@ class Estimator:
     def device_memory(self, node: Node) -> DeviceMemory:
         """What a node holds on each device, by part. Weights and optimizer state are divided evenly over the devices (FSDP2)."""
         parts, count, compute = self.model_bytes(node), self.assumptions.devices, self.inputs.recipe.compute
-        trains = node.kind == "train" and node.settings is not None
+        trains = node.kind == "train"
         ahead = bool(compute.overlap) and node.settings is not None and node.settings.on_policy and trains
         sampler, kv_cache = self.sampler_bytes(node, ahead)
         return DeviceMemory(
@@ -324,10 +325,8 @@ class Estimator:
     def kv_cache_bytes(self, node: Node) -> float:
         """The decoder's KV cache for the rows that a device decodes at once: its share of a step's."""
         recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
-        if stage is None:
-            rows = len(next(iter(self.inputs.evals.values()))[0]) * recipe.evaluate.samples
-        else:
-            rows = stage.batch_size
+        evals = next(iter(self.inputs.evals.values()), ((), None))[0]
+        rows = len(evals) * recipe.evaluate.samples if stage is None else stage.batch_size
         length = self.completion_and_prompt(node)
         rows = -(-rows // self.assumptions.devices)
         return min(rows, recipe.compute.sample_batch) * length * shape.kv_cache_numbers * self.bytes_per_value

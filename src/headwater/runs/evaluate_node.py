@@ -27,15 +27,11 @@ def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step
     """
     folder, progress, evals = context.node_dir(node), context.progress, context.inputs.evals
     final = when == "final"
+    advance = progress.advance_or_stop if final else lambda count: progress.check_stop()
     accuracies: Metrics = {}
     if final:
         completions = sum(len(problems) for problems, _ in evals.values()) * context.inputs.recipe.evaluate.samples
         progress.start(0, completions, "completions evaluated")
-
-    def advance(count: int) -> None:
-        if final:
-            progress.advance(count, {})
-        progress.check_stop()
 
     for name, held_out in evals.items():
         fault_points.failpoint("evaluation.begun")

@@ -65,11 +65,6 @@ class Node:
         """Whether its teacher may have another tokenizer than its learner."""
         return self.settings is not None and self.settings.needs_teacher and self.settings.dense.tokenizers != "same"
 
-    @property
-    def weights(self) -> Role | Node:
-        """The model that it evaluates: its own when it trains."""
-        return self if self.kind == "train" else self.start
-
     def lora(self, recipe: Recipe) -> Lora | None:
         """The LoRA settings of this node, its stage's own or its role's; None where it trains all weights, or none."""
         if self.kind != "train" or self.settings is None:
@@ -170,15 +165,8 @@ def _training_node(
     settings = stage_of(recipe, step)
     cache = None
     if not settings.on_policy:
-        cache = Node(
-            "rollouts",
-            "teacher_rollouts",
-            "teacher" if role == "student" else "expert",
-            seed,
-            supervisor,
-            step.pool,
-            settings,
-        )
+        sampled: Role = "teacher" if role == "student" else "expert"
+        cache = Node("rollouts", "teacher_rollouts", sampled, seed, supervisor, step.pool, settings)
     return Node(
         kind="train",
         stage=step.stage,

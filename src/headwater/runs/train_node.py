@@ -44,7 +44,7 @@ from headwater.training.guards import GuardMonitor, StageOutcomes, no_signal, un
 from headwater.training.lagged_copy import lagged_copy
 from headwater.training.loop import Source, StepResult, train_steps
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
-from headwater.training.update import make_optimizer
+from headwater.training.update import make_optimizer, needs_old_logp
 
 
 def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
@@ -176,9 +176,9 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
         append_jsonl(folder.metrics, [row])
         rows.append(row)
         fault_points.failpoint("step.measured")
-        charge(node, context, result, objective, policy)
+        charge(node, context, result, policy)
         fault_points.failpoint("step.charged")
-        write_rollouts(node, context, result, objective, policy)
+        write_rollouts(node, context, result, policy)
         fault_points.failpoint("step.kept")
         progress.advance(1, row)
         if error is not None:
@@ -217,14 +217,11 @@ def rollout_source(
     stage, inputs = node.settings, context.inputs
     prompts = inputs.prompts(node.pool, stage)
     tags = {problem.id: problem.tag for problem in inputs.all_problems} if stage.dense.normalize == "tags" else {}
-    if objective.source == "teacher":
-        assert node.cache is not None
+    if node.cache is not None:
         folder = context.node_dir(node.cache)
         folder.refuse_damage(f"{folder.cache.name}/")
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks, tags)
-    teacher = None
-    if "teacher" in objective.signals:
-        teacher = stage_teacher(node, context, policy, reference, load_teacher)
+    teacher = stage_teacher(node, context, policy, reference, load_teacher)
     prompter = context.prompter(node, policy)
     if stage.grades_spent_labels:
         spent = spent_labels(node, context)
@@ -256,9 +253,9 @@ def rollout_source(
         prompts={name: prompter.ids(inputs.problems[name]) for name in prompts},
         sampler=sampler,
         prompter=prompter,
-        labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
+        labels=inputs.labels.only(inputs.pool(node.pool)) if stage.needs_labels else None,
         teacher=teacher,
-        reference=reference if "reference" in objective.signals else None,
+        reference=reference if stage.needs_reference else None,
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=parts,
         labels_shown=context.labels_shown(node),
@@ -304,11 +301,11 @@ def stage_teacher(
     return ComposedTeacher(tuple(models), gain if node.settings.dense.gain_over is not None else product(weights))
 
 
-def charge(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
+def charge(node: Node, context: NodeContext, result: StepResult, policy: Policy) -> None:
     """Add the step's ledger row: labels, completions graded, tokens, FLOPs and seconds."""
     assert node.settings is not None
     batch = result.batch
-    updated = 0.0 if result.stopped else update_flops(node.settings, objective, policy, batch.rows)
+    updated = 0.0 if result.stopped else update_flops(node.settings, policy, batch.rows)
     record(
         context.node_dir(node).ledger,
         replace(
@@ -325,26 +322,26 @@ def charge(node: Node, context: NodeContext, result: StepResult, objective: Obje
     )
 
 
-def update_flops(stage: Stage, objective: Objective, policy: Policy, rows: Sequence[Row]) -> float:
+def update_flops(stage: Stage, policy: Policy, rows: Sequence[Row]) -> float:
     """FLOPs of a step's forward and backward passes.
 
     Several updates on one batch need the old log-probs: one more forward pass, a third of an update.
     """
-    reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
-    passes = stage.passes + (1.0 / 3.0 if reused else 0.0)
+    passes = stage.passes + (1.0 / 3.0 if needs_old_logp(stage) else 0.0)
     return passes * policy.pass_flops([row for row in rows if not row.zero_gradient], passes=3)
 
 
-def write_rollouts(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
+def write_rollouts(node: Node, context: NodeContext, result: StepResult, policy: Policy) -> None:
     """Write the step's completions and verdicts; a few with the teacher's signal per token."""
+    on_policy = node.settings is not None and node.settings.on_policy
     folder, prompter, rows = context.node_dir(node), context.prompter(node, policy), result.batch.rows
     # Ranks exchange the signals; one that stopped may be alone.
-    shown = token_signals.kept(rows) if objective.source == "policy" and result.stopped is None else []
+    shown = token_signals.kept(rows) if on_policy and result.stopped is None else []
     own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].local}
     parts = policy.ranks.all_gather(own) if shown else []
     signals = {i: signal for part in parts for i, signal in part.items()}
     lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
-    shown_labels = context.labels_shown(node) if objective.source == "policy" else frozenset()
+    shown_labels = context.labels_shown(node) if on_policy else frozenset()
     lines = [line | ({"label_shown": True} if line["problem_id"] in shown_labels else {}) for line in lines]
     folder.keep(result.step, folder.rollouts(result.step), lines)
 

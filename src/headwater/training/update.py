@@ -77,6 +77,11 @@ def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
     return [1.0 / (len(rows) * stage.sampling.max_tokens)] * len(rows)
 
 
+def needs_old_logp(stage: Stage) -> bool:
+    """Whether a stage updates several times on a sampled batch, so that ratios need the log-probs from before the first update."""
+    return stage.on_policy and stage.passes * stage.minibatches > 1
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -94,8 +99,7 @@ def update(
     fit into memory.
     """
     budget = BatchBudget(tokens)
-    reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
-    if reused and not all(row.zero_gradient for row in rows):
+    if needs_old_logp(stage) and not all(row.zero_gradient for row in rows):
         own = [row for row in rows if row.local and not row.zero_gradient]
         rollouts = [row.rollout for row in own]
         old_logps = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts, policy.memory_settings))
