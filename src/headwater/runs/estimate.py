@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
@@ -40,16 +41,14 @@ class Assumptions:
 
 def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumptions()) -> list[Estimate]:
     """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
-    estimator = Estimator(plan, inputs, model_shapes(inputs), prompt_tokens(inputs, assumptions), assumptions)
+    estimator = Estimator(plan, inputs, model_shapes(inputs), assumptions)
     return [estimator.estimate(node) for node in plan.order()]
 
 
 def condition_schedule(node: Node, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
     """When a stage of `steps` steps measures condition C2, and the share of the stage's FLOPs that this costs at most."""
     roles = {base_of(source) for source in (node.start, supervisor(node)) if source is not None}
-    estimator = Estimator(
-        plan, inputs, model_shapes(inputs, tuple(roles)), prompt_tokens(inputs, Assumptions()), Assumptions()
-    )
+    estimator = Estimator(plan, inputs, model_shapes(inputs, tuple(roles)))
     return estimator.condition_schedule(node, steps), estimator.condition_share(node, steps)
 
 
@@ -73,29 +72,28 @@ def model_shape(field: str, name: str, trust_remote_code: bool) -> Shape:
     return Shape.from_fields(MODELS[folder.path]) if folder.path in MODELS else folder.shape
 
 
-def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
-    """Tokens of the longest prompt among the first 256 problems, or the mean where completions are assumed to be of mean length.
-
-    Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
-    """
-    recipe = inputs.recipe
-    if inputs.missing or not inputs.model_folder("student").is_local:
-        return float(recipe.prompt.max_tokens)
-    unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
-    lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
-    return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
-
-
 @dataclass(frozen=True)
 class Estimator:
-    """Estimates nodes of one plan; `prompt` is the length of a prompt in tokens."""
+    """Estimates nodes of one plan."""
 
     plan: Plan
     inputs: RunInputs
     shapes: Mapping[Role, Shape]
-    prompt: float
-    assumptions: Assumptions
+    assumptions: Assumptions = Assumptions()
+
+    @cached_property
+    def prompt(self) -> float:
+        """Tokens of the longest prompt among the first 256 problems, or the mean where completions are assumed to be of mean length.
+
+        Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
+        """
+        inputs, prompt = self.inputs, self.inputs.recipe.prompt
+        if inputs.missing or not inputs.model_folder("student").is_local:
+            return float(prompt.max_tokens)
+        unbounded = prompt.model_copy(update={"max_tokens": sys.maxsize})
+        prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
+        lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
+        return max(lengths) if self.assumptions.mean_tokens is None else sum(lengths) / len(lengths)
 
     def estimate(self, node: Node) -> Estimate:
         """Cost of one node, its evaluation and measurements included."""

@@ -309,7 +309,7 @@ class RunInputs:
         return folder
 
     def prompter(self, tokenizer: Any, role: str = "student") -> Prompter:
-        """Renders this run's problems with a model's tokenizer, in the words of its role."""
+        """A prompter for this run's problems, with a model's tokenizer and the prompt settings of its role."""
         prompt = self.recipe.prompt
         return Prompter(tokenizer, prompt if role == "student" else prompt.of_teacher, self.day)
 

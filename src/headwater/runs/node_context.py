@@ -136,7 +136,7 @@ class NodeContext:
         return policy if isinstance(policy, TranslatedTeacher) else sampler_for(policy, self.inputs.sampler)
 
     def prompter(self, node: Node, policy: Supervisor) -> Prompter:
-        """Renders the prompts of a node's rollouts, in the words of its learner."""
+        """A prompter for a node's rollouts, with the prompt settings of its learner."""
         return self.inputs.prompter(policy.tokenizer, node.learner)
 
     def grade_held_out(

@@ -77,10 +77,9 @@ class Node:
         if self.compute is None or steps == 0:
             return steps
         unmatched, match = self.compute
-        left = sum(flops(node) for node in match.lineage()) - sum(
-            flops(node) for node in self.lineage() if node != self
-        )
-        return max(1, round(left / (flops(unmatched) / steps)))
+        matched = sum(flops(node) for node in match.lineage())
+        spent = sum(flops(node) for node in self.lineage() if node != self)
+        return max(1, round((matched - spent) / (flops(unmatched) / steps)))
 
     def ancestry(self) -> Iterator[Node]:
         """Itself and all nodes that it waits for, each once, in topological order."""

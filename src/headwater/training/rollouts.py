@@ -29,6 +29,7 @@ from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.exchanged_scores import Scores, exchanged
 from headwater.teachers.scoring import distributions_of, logp_of, top_tokens
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
+from headwater.training.dense_weights import with_dense_weights
 from headwater.training.evaluate import SamplingStoppedError, sample_and_grade
 from headwater.training.groups import (
     assign_to_ranks,
@@ -43,7 +44,6 @@ from headwater.training.groups import (
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
 from headwater.training.teacher_contrast import contrast_metrics
-from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
 
