@@ -255,6 +255,6 @@ def _executor(name: str) -> Executor:
         from headwater.runs.executors.ray import run_on_ray
 
         return run_on_ray
-    from headwater.runs.executors.local import LocalExecutor
+    from headwater.runs.executors.local import run_in_workers
 
-    return LocalExecutor()
+    return run_in_workers

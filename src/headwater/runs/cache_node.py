@@ -33,10 +33,10 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
     requests = missing_requests(node, context, teacher, kept)
     # A cache that is repaired after its last use needs its rollouts only, which the report reads.
     score = context.inputs.recipe.compute.keep_checkpoints or context.plan.cached_rollouts(node, context.out) > 0
-    count = len(kept) + len(requests)
+    scores = len(kept) + len(requests) if score else 0
     if kept:
-        context.progress.say(f"{folder.name}: {len(kept)} rollouts are kept, {len(requests)} sampled, {count} scored")
-    context.progress.start(0, len(requests) + (count if score else 0), "rollouts")
+        context.progress.say(f"{folder.name}: {len(kept)} rollouts are kept, {len(requests)} sampled, {scores} scored")
+    context.progress.start(0, len(requests) + scores, "rollouts")
     sampled: list[Rollout] = []
     if requests:
         sampled = context.sampler(teacher).sample(

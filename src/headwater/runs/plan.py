@@ -114,7 +114,7 @@ def supervisor(node: Node) -> Role | Node | None:
     """The teacher of a student's stage, live or as cached rollouts."""
     if node.role != "student":
         return None
-    return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
+    return node.teacher if node.cache is None else node.cache.start
 
 
 def scorers(node: Node) -> dict[Role | Node, float]:

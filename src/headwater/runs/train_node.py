@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -56,7 +56,8 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     stage, folder = node.settings, context.node_dir(node)
     policy = context.trainee(node)
     steps = context.steps(node)
-    with sampling_ahead(node, context, policy, steps) as ahead:
+    ahead = ahead_sampler(node, context, policy, steps)
+    with contextlib.nullcontext() if ahead is None else contextlib.closing(ahead):
         step = train_stage(node, context, policy, steps, ahead)
     fault_points.failpoint("stage.ended")
     if node.role == "teacher":
@@ -76,21 +77,15 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     return {"ended": {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}}
 
 
-@contextlib.contextmanager
-def sampling_ahead(node: Node, context: NodeContext, policy: Policy, steps: int) -> Iterator[AheadSampler | None]:
+def ahead_sampler(node: Node, context: NodeContext, policy: Policy, steps: int) -> AheadSampler | None:
     """The stage's sampler of the next step's rollouts; None without `compute.overlap`, and for a stage that samples nothing."""
     assert node.settings is not None
     if not (context.inputs.recipe.compute.overlap and node.settings.on_policy):
-        yield None
-        return
+        return None
     sampler = context.inputs.recipe.compute.sampler
     if sampler != "torch" and not policy.ranks.single_process:
         raise UserError(f"compute.overlap: with compute.sampler {sampler} it runs in one process; leave torchrun out")
-    ahead = AheadSampler(policy, context.sampling_copy(node), context.inputs.sampler, context.sampler(policy), steps)
-    try:
-        yield ahead
-    finally:
-        ahead.close()
+    return AheadSampler(policy, context.sampling_copy(node), context.inputs.sampler, context.sampler(policy), steps)
 
 
 def guards_of(recipe: Recipe) -> Guards:
@@ -162,7 +157,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
         checkpoint(done)
     if ended and done:
         return done
-    for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
+    for result in train_steps(policy, optimizer, source, objective, range(done, steps), microbatch_tokens):
         step = result.step
         row, stopped = result.metrics, result.stopped
         if copy is not None and stopped is None:

@@ -283,7 +283,6 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
     rows = [row for row in read_jsonl(stage.folder.metrics) if "informative" in row]
     if guards.unchanged_teacher == "off" or not rows or any(row["informative"] or row.get("grad_norm") for row in rows):
         return None
-    last = int(rows[-1]["step"])
     outcomes = stage.over(int(row["step"]) for row in rows)
     sentence = (
         f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student distils the teacher as it was before the labels: "
@@ -293,7 +292,7 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
         return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it all the same)"
     warn(sentence)
     if not any(row["guard"] == UNCHANGED for row in read_jsonl(stage.folder.warnings)):  # of an interrupted end
-        alarm = Alarm(UNCHANGED, last, 0.0, 0.0, len(rows), "warn")
+        alarm = Alarm(UNCHANGED, int(rows[-1]["step"]), 0.0, 0.0, len(rows), "warn")
         append_jsonl(stage.folder.warnings, [{**asdict(alarm), "sentence": sentence}])
     return None
 

@@ -16,9 +16,9 @@ from headwater.config.compute import Compute
 from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.runs.executors.base import Failure, Job, recorded_progress
 from headwater.runs.executors.local import (
-    LocalExecutor,
     exit_reason,
     least_used,
+    run_in_workers,
     visible_gpus,
     worker_count,
     worker_limit,
@@ -124,7 +124,7 @@ def test_each_worker_sees_one_gpu(
     shown: list[str] = []
     display = ProgressDisplay(shown.append, lambda title, number, total: contextlib.nullcontext(NodeProgress()))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=display) as job:
-        assert LocalExecutor(workers, (sys.executable, "-c", GPU_WORKER), gpus)(job) == {}
+        assert run_in_workers(job, workers, (sys.executable, "-c", GPU_WORKER), gpus) == {}
         assert {(tmp_path / name).read_text() for name in job.todo} == seen
     assert shown == lines
 
@@ -169,7 +169,7 @@ def test_node_of_killed_worker_is_retried_once_then_fails(deaths: int, tmp_path:
     )
     (tmp_path / "deaths").write_text(str(deaths))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=progress_display) as job:
-        failures = LocalExecutor(2, (sys.executable, "-c", FAKE))(job)
+        failures = run_in_workers(job, 2, (sys.executable, "-c", FAKE))
         warmup = next(name for name in job.todo if name.startswith("warmup"))
         opd = next(name for name in job.todo if name.startswith("opd"))
     begun = (tmp_path / "begun").read_text().split()

@@ -18,7 +18,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -37,8 +36,12 @@ BOOT = (
 )
 
 
-@dataclass(frozen=True)
-class LocalExecutor:
+def run_in_workers(
+    job: Job,
+    workers: int | None = None,
+    command: Sequence[str] = (sys.executable, "-c", BOOT),
+    gpus: Sequence[str] | None = None,
+) -> dict[str, Failure]:
     """Run nodes in long-lived worker processes, or with one worker in this process.
 
     workers  None for what the recipe, the cores and the plan allow (`worker_count`)
@@ -48,54 +51,50 @@ class LocalExecutor:
     A node whose worker dies is run once more, in a new worker. No worker outlives this process. Raises UserError when a
     worker comes to another plan, for instance because the data changed meanwhile.
     """
+    limit = workers or worker_count(job)
+    if limit == 1:
+        return run_in_process(job)
+    pool: list[_WorkerProcess] = []
+    gpus = visible_gpus(job.inputs.device, os.environ) if gpus is None else gpus
+    if 0 < len(gpus) < limit:
+        job.progress_display.say(f"{limit} workers share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
+    with job.progress_display.together(len(job.plan.order())) as study_progress:
+        schedule = Schedule(job, study_progress)
+        try:
+            while True:
+                for name in schedule.ready() if not job.stopped() else ():
+                    worker = _idle_worker(pool)
+                    if worker is None:
+                        if len(pool) == limit:
+                            break
+                        gpu = least_used(gpus, [other.gpu for other in pool])
+                        worker = _WorkerProcess(command, job.worker_setup(), gpu)
+                        pool.append(worker)
+                    schedule.start(name)
+                    worker.run(RemoteNode(schedule, name))
+                busy = [worker for worker in pool if worker.node is not None]
+                if not busy:
+                    return schedule.failures
+                if job.stopped():
+                    for worker in busy:
+                        worker.request_stop()
+                readable, _, _ = select.select(busy, [], [], LISTEN_SECONDS)
+                for worker in readable:
+                    if not worker.read(schedule):
+                        pool.remove(worker)
+        finally:
+            for worker in pool:
+                worker.kill()
 
-    workers: int | None = None
-    command: Sequence[str] = (sys.executable, "-c", BOOT)
-    gpus: Sequence[str] | None = None
 
-    def __call__(self, job: Job) -> dict[str, Failure]:
-        limit = self.workers or worker_count(job)
-        if limit == 1:
-            return run_in_process(job)
-        pool: list[_WorkerProcess] = []
-        gpus = visible_gpus(job.inputs.device, os.environ) if self.gpus is None else self.gpus
-        if 0 < len(gpus) < limit:
-            job.progress_display.say(f"{limit} workers share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
-        with job.progress_display.together(len(job.plan.order())) as study_progress:
-            schedule = Schedule(job, study_progress)
-            try:
-                while True:
-                    if not job.stopped():
-                        self._assign(schedule, pool, limit, gpus)
-                    busy = [worker for worker in pool if worker.node is not None]
-                    if not busy:
-                        return schedule.failures
-                    if job.stopped():
-                        for worker in busy:
-                            worker.request_stop()
-                    readable, _, _ = select.select(busy, [], [], LISTEN_SECONDS)
-                    for worker in readable:
-                        if not worker.read(schedule):
-                            pool.remove(worker)
-            finally:
-                for worker in pool:
-                    worker.kill()
-
-    def _assign(self, schedule: Schedule, pool: list[_WorkerProcess], limit: int, gpus: Sequence[str]) -> None:
-        """Start ready nodes in idle workers, or in new ones up to the limit."""
-        for name in schedule.ready():
-            idle = next((worker for worker in pool if worker.node is None and worker.alive()), None)
-            if idle is None:
-                for dead in [worker for worker in pool if worker.node is None]:
-                    dead.kill()
-                    pool.remove(dead)
-                if len(pool) == limit:
-                    return
-                gpu = least_used(gpus, [worker.gpu for worker in pool])
-                idle = _WorkerProcess(self.command, schedule.job.worker_setup(), gpu)
-                pool.append(idle)
-            schedule.start(name)
-            idle.run(RemoteNode(schedule, name))
+def _idle_worker(pool: list[_WorkerProcess]) -> _WorkerProcess | None:
+    """A living worker without a node; dead ones leave the pool."""
+    for worker in [worker for worker in pool if worker.node is None]:
+        if worker.alive():
+            return worker
+        worker.kill()
+        pool.remove(worker)
+    return None
 
 
 def worker_count(job: Job) -> int:
