@@ -287,9 +287,9 @@ def stage_teacher(
         else:
             models.append(load_teacher(source))
         refuse_different_widths(policy, models[-1], ("models.student", "models.teacher"))
-    weights = tuple(scorers(node).values())
     if not models:
         return None
+    weights = tuple(scorers(node).values())
     if weights == (1.0,):
         return models[0]
     assert node.settings is not None

@@ -211,14 +211,14 @@ class _GuardState:
     def __init__(self, name: str, guard: Guard, steps: int) -> None:
         self.name, self.guard, self.measure = name, guard, MEASURES[name]
         self.window = self.measure.window(guard.window, steps)
-        self.windows = {metric: Windows(self.window) for metric in self.measure.metrics}
+        self.metrics = {metric: Windows(self.window) for metric in self.measure.metrics}
         self.active = False
 
     def add(self, row: Row) -> tuple[Alarm, bool] | None:
         """The alarm of this step, with whether it has just started. A row without the metric changes nothing."""
         if self.measure.unless in row or (self.measure.requires is not None and self.measure.requires not in row):
             return None
-        measured = [windows for metric, windows in self.windows.items() if metric in row and windows.add(row[metric])]
+        measured = [windows for metric, windows in self.metrics.items() if metric in row and windows.add(row[metric])]
         figures = [figure for figure in map(self.measure.figure, measured) if figure is not None]
         if not figures:
             return None
