@@ -101,7 +101,7 @@ def training_step(
     source = PolicyRollouts(
         policy=policy,
         stage=stage,
-        draw=("benchmark", 0),
+        draw=(0, "benchmark"),
         objective=objective,
         prompts=prompts,
         sampler=TorchSampler(policy, COMPUTE.sample_batch),

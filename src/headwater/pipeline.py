@@ -21,7 +21,7 @@ from headwater.report import build as report
 from headwater.runs.display import ProgressDisplay
 from headwater.runs.estimate import estimates
 from headwater.runs.executors.base import Executor, Failure, Job, describe
-from headwater.runs.executors.local import LocalExecutor
+from headwater.runs.executors.local import run_in_workers
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
 from headwater.runs.run_node import remove_unneeded
@@ -60,7 +60,7 @@ def run(
     """Run arms × seeds into a folder and write its report; with the same folder again, resume.
 
     reuse      other run directories whose finished nodes are copied where their fingerprints match
-    executor   runs the nodes; LocalExecutor by default
+    executor   runs the nodes; `run_in_workers` by default
     processes  how many processes run each node together
 
     Returns the report. Raises UserError or RefusedError before anything is written; FailedError when nodes failed, after the
@@ -111,7 +111,7 @@ def run(
             try:
                 with stop_requests() as stopped:
                     job = Job(plan, inputs, arms, folder, todo, progress_display, stopped)
-                    failures = (executor or LocalExecutor())(job)
+                    failures = (executor or run_in_workers)(job)
                     interrupted = stopped()
             except KeyboardInterrupt:
                 interrupted = True

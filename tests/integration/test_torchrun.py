@@ -24,8 +24,7 @@ from transformers import GenerationConfig
 from forked_ranks import run_ranks
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
-from headwater.training.groups import assign_to_ranks
-from headwater.training.update import split_minibatches
+from headwater.training.groups import assign_to_ranks, split_minibatches
 from runs import WHOLE_ARM, environment, infos, load_json, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of, tiny_model
 from tools.pretrain.pocket import make_tokenizer

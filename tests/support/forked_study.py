@@ -143,7 +143,7 @@ class ForkedWorker:
 
 def serve_nodes(inbox: int, outbox: int) -> None:
     """A worker's main function on two pipes, with the signals and files of a new process."""
-    from headwater.runs.executors.local_worker import serve
+    from headwater.runs.executors.local import serve
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -241,20 +241,20 @@ def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Cal
     if os.environ["RANK"] == "0":
         say_loading("joining the processes of torchrun", display)
     from headwater.distributed.process_group import init_process_group
-    from headwater.runs.executors.torchrun import TorchrunExecutor, broadcast_exit_code, run_worker_rank
+    from headwater.runs.executors.torchrun import broadcast_exit_code, run_on_ranks, run_worker_rank
 
     ranks = init_process_group()
     if not ranks.is_main:
         sys.exit(run_worker_rank(ranks))
     with broadcast_exit_code(ranks):
-        yield lambda: TorchrunExecutor(ranks), ranks.size
+        yield lambda: partial(run_on_ranks, ranks=ranks), ranks.size
 
 
 def _executor(name: str) -> Executor:
     if name == "ray":
-        from headwater.runs.executors.ray import RayExecutor
+        from headwater.runs.executors.ray import run_on_ray
 
-        return RayExecutor()
-    from headwater.runs.executors.local import LocalExecutor
+        return run_on_ray
+    from headwater.runs.executors.local import run_in_workers
 
-    return LocalExecutor()
+    return run_in_workers

@@ -17,7 +17,7 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, note, warning
 from headwater.models.adapter_size import adapter_size
 from headwater.models.shape import Shape
-from headwater.runs.estimate import Assumptions, Estimator
+from headwater.runs.estimate import Estimator
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node, base_of
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
@@ -61,7 +61,7 @@ def memory(context: DoctorContext) -> Iterator[Finding]:
 
 def largest_pending(context: DoctorContext, inputs: RunInputs) -> tuple[float, str] | None:
     """(persistent bytes, name) of the pending node that needs most; None without pending nodes."""
-    estimator = Estimator(context.plan, inputs, context.model_shapes, prompt=0.0, assumptions=Assumptions())
+    estimator = Estimator(context.plan, inputs, context.model_shapes)
     node_bytes = [(estimator.model_bytes(node).total, context.plan.names[node]) for node in context.pending]
     return max(node_bytes, key=lambda pair: pair[0], default=None)
 

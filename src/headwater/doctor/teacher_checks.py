@@ -17,7 +17,7 @@ from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
-from headwater.runs.tokenizers import token_bytes, token_pair
+from headwater.runs.translated_teacher import token_bytes, token_pair
 from headwater.teachers.build import top_k_of
 from headwater.teachers.scoring import logp_of, token_logps
 from headwater.teachers.served_teacher import NO_CANDIDATES, ServedTeacher, check_scoring, refuses_candidates

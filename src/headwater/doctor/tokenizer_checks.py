@@ -9,7 +9,7 @@ from headwater.doctor.finding import Finding, error, note, warning
 from headwater.doctor.model_checks import compared_texts
 from headwater.models.pair_figures import PairFigures, measure
 from headwater.models.tokenizer import PROBES
-from headwater.runs.tokenizers import token_pair
+from headwater.runs.translated_teacher import token_pair
 
 MIN_SINGLE = 0.9
 """Least share of spans of one token on both sides for comparing shared tokens alone."""

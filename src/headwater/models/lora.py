@@ -288,7 +288,7 @@ def _keep_weight_layout(model: Any) -> None:
 class ReferenceBody(nn.Module):
     """An adapted model's body as it was before training, or as a copy of its adapter has it: a reference on the same weights.
 
-    values  a copy of the adapter's matrices, which can follow those that train (`training.moving_copy`); None disables the adapter
+    values  a copy of the adapter's matrices, which can follow those that train (`training.lagged_copy`); None disables the adapter
     """
 
     def __init__(self, body: nn.Module, adapter: Adapter, values: nn.ParameterList | None = None) -> None:

@@ -33,10 +33,10 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
     requests = missing_requests(node, context, teacher, kept)
     # A cache that is repaired after its last use needs its rollouts only, which the report reads.
     score = context.inputs.recipe.compute.keep_checkpoints or context.plan.cached_rollouts(node, context.out) > 0
-    count = len(kept) + len(requests)
+    scores = len(kept) + len(requests) if score else 0
     if kept:
-        context.progress.say(f"{folder.name}: {len(kept)} rollouts are kept, {len(requests)} sampled, {count} scored")
-    context.progress.start(0, len(requests) + (count if score else 0), "rollouts")
+        context.progress.say(f"{folder.name}: {len(kept)} rollouts are kept, {len(requests)} sampled, {scores} scored")
+    context.progress.start(0, len(requests) + scores, "rollouts")
     sampled: list[Rollout] = []
     if requests:
         sampled = context.sampler(teacher).sample(
@@ -52,7 +52,8 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
     with after_step(0):
         refuse_nan(sampled)
     rollouts, top_k = [*kept, *sampled], settings.dense.top_k
-    tokens_scored = sum(len(rollout.completion_ids) for rollout in rollouts) if score else 0
+    scored = rollouts if score else []
+    tokens_scored = sum(len(rollout.completion_ids) for rollout in scored)
     refuse_huge_cache(teacher, tokens_scored, top_k)
     with atomic_folder(folder.cache) as aside, after_step(0):
         write_rollouts(aside, rollouts)
@@ -62,20 +63,20 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
         folder.done.unlink(missing_ok=True)  # the cache that it describes is about to be replaced
     fault_points.failpoint("cache.saved")
     keep_rows(folder.ledger, lambda row: True)  # writes the file anew before it grows: another run may share it
-    read_ids = {rollout.problem_id for rollout in (*sampled, *(rollouts if score else ()))}
-    tokens_read = [sum(map(len, (r.prompt_ids, r.completion_ids))) for r in (*sampled, *(rollouts if score else ()))]
+    passes = [*sampled, *scored]
+    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in passes]
     record(
         folder.ledger,
         replace(
             context.spend(node),
-            labels=tuple(sorted(read_ids & context.labels_shown(node))),
+            labels=tuple(sorted({rollout.problem_id for rollout in passes} & context.labels_shown(node))),
             tokens_sampled=sum(len(rollout.completion_ids) for rollout in sampled),
             tokens_teacher_scored=tokens_scored,
-            flops=teacher.shape.flops(sum(tokens_read), sum(tokens_read) / max(1, len(tokens_read))),
+            flops=teacher.shape.flops(sum(lengths), sum(lengths) / max(1, len(lengths))),
             seconds=time.perf_counter() - started,
         ),
     )
-    return {"scored": len(rollouts) if score else 0}
+    return {"scored": len(scored)}
 
 
 def kept_rollouts(node: Node, context: NodeContext) -> list[Rollout]:

@@ -18,7 +18,7 @@ ACCURACY = "accuracy "
 
 @dataclass(frozen=True)
 class NodeProgress:
-    """Progress of one node.
+    """Progress of one node; by default it shows nothing and asks for no stop.
 
     start        (steps already done, total, unit)
     advance      (count, metrics of the step)
@@ -27,9 +27,9 @@ class NodeProgress:
     part         name what is done between steps, such as `measuring C2`; empty when it is over
     """
 
-    start: Callable[[int, int, str], None]
-    advance: Callable[[int, Metrics], None]
-    should_stop: Callable[[], bool]
+    start: Callable[[int, int, str], None] = lambda done, total, unit: None
+    advance: Callable[[int, Metrics], None] = lambda count, metrics: None
+    should_stop: Callable[[], bool] = lambda: False
     warn: Callable[[str], None] = lambda sentence: None
     say: Callable[[str], None] = lambda line: None
     part: Callable[[str], None] = lambda title: None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
@@ -22,10 +23,11 @@ from headwater.runs.memory_estimate import (
     whole_copy_bytes,
 )
 from headwater.runs.node_estimate import Estimate
-from headwater.runs.plan import Node, Plan, Role, base_of, scorers, supervisor
+from headwater.runs.plan import ROLES, Node, Plan, Role, base_of, scorers, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
 from headwater.training.conditions import Schedule
+from headwater.training.update import needs_old_logp
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,16 @@ class Assumptions:
     device_memory: float | None = None
 
 
-ROLES: tuple[Role, ...] = ("student", "teacher", "expert")
-
-
 def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumptions()) -> list[Estimate]:
     """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
-    estimator = Estimator(plan, inputs, model_shapes(inputs), prompt_tokens(inputs, assumptions), assumptions)
+    estimator = Estimator(plan, inputs, model_shapes(inputs), assumptions)
     return [estimator.estimate(node) for node in plan.order()]
 
 
 def condition_schedule(node: Node, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
     """When a stage of `steps` steps measures condition C2, and the share of the stage's FLOPs that this costs at most."""
     roles = {base_of(source) for source in (node.start, supervisor(node)) if source is not None}
-    estimator = Estimator(
-        plan, inputs, model_shapes(inputs, tuple(roles)), prompt_tokens(inputs, Assumptions()), Assumptions()
-    )
+    estimator = Estimator(plan, inputs, model_shapes(inputs, tuple(roles)))
     return estimator.condition_schedule(node, steps), estimator.condition_share(node, steps)
 
 
@@ -75,77 +72,73 @@ def model_shape(field: str, name: str, trust_remote_code: bool) -> Shape:
     return Shape.from_fields(MODELS[folder.path]) if folder.path in MODELS else folder.shape
 
 
-def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
-    """Tokens of the longest prompt among the first 256 problems, or the mean where completions are assumed to be of mean length.
-
-    Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
-    """
-    recipe = inputs.recipe
-    if inputs.missing or not inputs.model_folder("student").is_local:
-        return float(recipe.prompt.max_tokens)
-    unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
-    lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
-    return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
-
-
 @dataclass(frozen=True)
 class Estimator:
-    """Estimates nodes of one plan; `prompt` is the length of a prompt in tokens."""
+    """Estimates nodes of one plan."""
 
     plan: Plan
     inputs: RunInputs
     shapes: Mapping[Role, Shape]
-    prompt: float
-    assumptions: Assumptions
+    assumptions: Assumptions = Assumptions()
+
+    @cached_property
+    def prompt(self) -> float:
+        """Tokens of the longest prompt among the first 256 problems, or the mean where completions are assumed to be of mean length.
+
+        Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
+        """
+        inputs, prompt = self.inputs, self.inputs.recipe.prompt
+        if inputs.missing or not inputs.model_folder("student").is_local:
+            return float(prompt.max_tokens)
+        unbounded = prompt.model_copy(update={"max_tokens": sys.maxsize})
+        prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
+        lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
+        return max(lengths) if self.assumptions.mean_tokens is None else sum(lengths) / len(lengths)
 
     def estimate(self, node: Node) -> Estimate:
         """Cost of one node, its evaluation and measurements included."""
-        recipe, shape, stage = self.inputs.recipe, self.shape(node.start), node.settings
+        recipe, shape = self.inputs.recipe, self.shape(node.start)
         evals = 0
         if node.kind != "rollouts":
             evals = sum(len(problems) for problems, _ in self.inputs.evals.values()) * recipe.evaluate.samples
         completion = self.completion_tokens(recipe.evaluate.sampling)
-        eval_tokens = int(evals * completion)
-        labels = steps = scored = 0
-        measured = condition_share = scoring = 0.0
-        training = 0.0, (0.0, 0.0)
-        sampled = eval_tokens
-        flops = shape.flops(eval_tokens + evals * self.prompt, (completion + self.prompt) / 2)
-        decoded = self.decoding(shape, eval_tokens, completion)
-        if stage is not None and node.pool is not None:
-            stage_completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
-            own = int(self.rows(node)[0] * stage_completion)
-            if node.kind == "rollouts":
-                sampled, scored, flops, generated = own, own, stage_flops, own
-            else:
-                objective = objective_of(stage)
-                steps = self.steps(node)
-                labels = self.labels(node, steps)
-                generated, scored, measured = self.measurements(node, steps)
-                condition_share = self.condition_share(node, steps)
-                generated += own if objective.source == "policy" else 0
-                scored += own if node.teacher is not None and "teacher" in objective.signals else 0
-                sampled += generated
-                flops = stage_flops + flops + measured
-                own = own if objective.source == "policy" else 0
-            scoring, training = self.scoring_flops(node), (stage_flops, self.decoding(shape, own, stage_completion))
-            read, decoding_flops = self.decoding(shape, generated, stage_completion)
-            decoded = read + decoded[0], decoding_flops + decoded[1]
-        return Estimate(
+        tokens = int(evals * completion)
+        evaluation = Estimate(
             name=self.plan.names[node],
-            labels=labels,
-            steps=steps,
-            tokens_sampled=sampled,
-            tokens_teacher_scored=scored,
-            flops=flops,
+            labels=0,
+            steps=0,
+            tokens_sampled=tokens,
+            tokens_teacher_scored=0,
+            flops=shape.flops(tokens + evals * self.prompt, (completion + self.prompt) / 2),
             bytes=self.model_bytes(node).total,
             memory=self.device_memory(node),
-            decoded=decoded,
-            measured=measured,
-            condition_share=condition_share,
-            scoring=scoring,
-            training=training,
+            decoded=self.decoding(shape, tokens, completion),
+        )
+        return evaluation if node.kind == "evaluate" else self._with_stage(evaluation, node)
+
+    def _with_stage(self, evaluation: Estimate, node: Node) -> Estimate:
+        """Add the cost of a stage, or of a teacher's cache, to that of its evaluation."""
+        stage, shape = node.settings, self.shape(node.start)
+        assert stage is not None
+        cache = node.kind == "rollouts"
+        steps = 0 if cache else self.steps(node)
+        completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
+        own = int(self.rows(node)[0] * completion) if cache or stage.on_policy else 0
+        scored = own if cache or node.teacher is not None else 0
+        sampled_measuring, scored_measuring, flops_measuring = self.measurements(node, steps)
+        read, decoding_flops = self.decoding(shape, own + sampled_measuring, completion)
+        return replace(
+            evaluation,
+            labels=self.labels(node, steps),
+            steps=steps,
+            tokens_sampled=evaluation.tokens_sampled + own + sampled_measuring,
+            tokens_teacher_scored=scored + scored_measuring,
+            flops=stage_flops + evaluation.flops + flops_measuring,
+            decoded=(read + evaluation.decoded[0], decoding_flops + evaluation.decoded[1]),
+            measured=flops_measuring,
+            condition_share=self.condition_share(node, steps),
+            scoring=self.scoring_flops(node),
+            training=(stage_flops, self.decoding(shape, own, completion)),
         )
 
     def shape(self, source: Role | Node) -> Shape:
@@ -178,12 +171,14 @@ class Estimator:
         return pool if node.settings.sparse.dynamic_sampling else min(pool, steps * node.settings.prompts_per_step)
 
     def rows(self, node: Node) -> tuple[int, int]:
-        """(rows, prompts prefilled) of all steps. An upper bound prefills a prompt per row, an estimate one per group."""
+        """(rows, prompts prefilled) of all steps, or of a cache. A cache and an upper bound prefill a prompt per row, an estimate
+        one per group.
+        """
         assert node.settings is not None and node.pool is not None
         stage = node.settings
         if node.kind == "rollouts":
             rows = self.plan.cached_rollouts(node)
-            return rows, min(rows, len(self.inputs.prompts(node.pool, stage)))
+            return rows, rows
         steps = self.steps(node)
         shared = stage.on_policy and self.assumptions.mean_tokens is not None
         return steps * stage.batch_size, steps * (stage.prompts_per_step if shared else stage.batch_size)
@@ -192,35 +187,33 @@ class Estimator:
         """FLOPs of a node without its evaluation and measurements."""
         if node.settings is None or node.pool is None:
             return 0.0
-        stage, shape, (rows, prompts) = node.settings, self.shape(node.start), self.rows(node)
-        completion = self.completion_tokens(stage.sampling)
-        tokens, context = rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
-        if node.kind == "rollouts":  # sampled, and scored row by row
-            return 2 * shape.flops(rows * (completion + self.prompt), context)
-        objective, (_, adapter) = objective_of(stage), self.adapter_size(node)
+        if node.kind == "rollouts":  # sampled, and scored
+            return 2 * self.scoring_flops(node)
+        stage, shape, (_, adapter) = node.settings, self.shape(node.start), self.adapter_size(node)
+        tokens, context = self.tokens_and_context(node)
         flops = stage.passes * shape.flops(tokens, context, 3, adapter)
-        if objective.source == "policy":
-            if stage.passes * stage.minibatches > 1:
+        if stage.on_policy:
+            if needs_old_logp(stage):
                 flops += shape.flops(tokens, context, 1, adapter)
             flops += shape.flops(tokens, context)
             flops += self.scoring_flops(node)
             weights = stage.dense.token_weights
-            scoring_passes = ("reference" in objective.signals) + (weights is not None and weights.soft_or is not None)
+            scoring_passes = stage.needs_reference + (weights is not None and weights.soft_or is not None)
             scoring_passes += stage.dense.candidates != "teacher"
             flops += scoring_passes * shape.flops(tokens, context)
         return flops
 
     def scoring_flops(self, node: Node) -> float:
         """FLOPs of a node's rollouts under its teacher; a served teacher's are not this machine's."""
+        tokens, context = self.tokens_and_context(node)
+        models = [node.start] if node.kind == "rollouts" else scorers(node)
+        return sum((self.shape(source).flops(tokens, context) for source in models), 0.0)
+
+    def tokens_and_context(self, node: Node) -> tuple[float, float]:
+        """(tokens of a node's rows and the prompts that are prefilled for them, mean number of tokens that one attends to)."""
         assert node.settings is not None
         (rows, prompts), completion = self.rows(node), self.completion_tokens(node.settings.sampling)
-        context = (completion + self.prompt) / 2
-        if node.kind == "rollouts":
-            return self.shape(node.start).flops(rows * (completion + self.prompt), context)
-        if objective_of(node.settings).source != "policy":
-            return 0.0
-        tokens = rows * completion + prompts * self.prompt
-        return sum(self.shape(source).flops(tokens, context) for source in scorers(node))
+        return rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
 
     def measurements(self, node: Node, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measurements between a stage's steps."""
@@ -244,10 +237,8 @@ class Estimator:
 
     def condition_share(self, node: Node, steps: int) -> float:
         """FLOPs of measuring condition C2 in a stage of so many steps, as a share of the FLOPs of its training."""
-        measured, trained = (
-            self.condition_cost(node, self.condition_schedule(node, steps), steps)[2],
-            self.stage_flops(node),
-        )
+        measured = self.condition_cost(node, self.condition_schedule(node, steps), steps)[2]
+        trained = self.stage_flops(node)
         return measured / trained if trained else 0.0
 
     def condition_cost(self, node: Node, schedule: Schedule, steps: int) -> tuple[int, int, float]:
@@ -255,10 +246,8 @@ class Estimator:
         teacher = supervisor(node)
         if teacher is None or node.settings is None:
             return 0, 0, 0.0
-        rows, completion = (
-            schedule.measurements(steps) * schedule.problems,
-            self.completion_tokens(node.settings.sampling),
-        )
+        rows = schedule.measurements(steps) * schedule.problems
+        completion = self.completion_tokens(node.settings.sampling)
         length = completion + self.prompt
         scored = int(2 * rows * length)
         flops = self.shape(node.start).flops(3 * rows * length, length / 2)
@@ -276,12 +265,12 @@ class Estimator:
         shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
         if node.kind != "train" or stage is None:
             return model_bytes(None, 0, False, [shape], width)
-        objective, (adapter, _), lora = objective_of(stage), self.adapter_size(node), node.lora(self.inputs.recipe)
+        (adapter, _), lora = self.adapter_size(node), node.lora(self.inputs.recipe)
         queried = set(scorers(node))
         teacher = supervisor(node)
         if teacher is not None and self.inputs.recipe.conditions.problems:
             queried.add(teacher)
-        if "reference" in objective.signals:
+        if stage.on_policy and stage.needs_reference:
             queried.add(node.start)
         frozen = [self.shape(source) for source in queried if source != node.start or not adapter]
         return model_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
@@ -289,7 +278,7 @@ class Estimator:
     def device_memory(self, node: Node) -> DeviceMemory:
         """What a node holds on each device, by part. Weights and optimizer state are divided evenly over the devices (FSDP2)."""
         parts, count, compute = self.model_bytes(node), self.assumptions.devices, self.inputs.recipe.compute
-        trains = node.kind == "train" and node.settings is not None
+        trains = node.kind == "train"
         ahead = bool(compute.overlap) and node.settings is not None and node.settings.on_policy and trains
         sampler, kv_cache = self.sampler_bytes(node, ahead)
         return DeviceMemory(
@@ -334,10 +323,8 @@ class Estimator:
     def kv_cache_bytes(self, node: Node) -> float:
         """The decoder's KV cache for the rows that a device decodes at once: its share of a step's."""
         recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
-        if stage is None:
-            rows = len(next(iter(self.inputs.evals.values()))[0]) * recipe.evaluate.samples
-        else:
-            rows = stage.batch_size
+        evals = next(iter(self.inputs.evals.values()), ((), None))[0]
+        rows = len(evals) * recipe.evaluate.samples if stage is None else stage.batch_size
         length = self.completion_and_prompt(node)
         rows = -(-rows // self.assumptions.devices)
         return min(rows, recipe.compute.sample_batch) * length * shape.kv_cache_numbers * self.bytes_per_value

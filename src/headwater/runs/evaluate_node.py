@@ -9,19 +9,13 @@ from headwater.storage import fault_points
 from headwater.storage.files import write_rows
 from headwater.storage.ledger import record
 from headwater.teachers.build import Teacher
+from headwater.training.update import Metrics
 
 
 def evaluate_node(node: Node, context: NodeContext) -> None:
     """Evaluate a base model."""
     context.node_dir(node).cut_back_to(-1)
-    start_final_evaluation(context)
     run_evals(context.frozen(node.start), node, context, "final", 0)
-
-
-def start_final_evaluation(context: NodeContext) -> None:
-    samples = context.inputs.recipe.evaluate.samples
-    completions = sum(len(problems) * samples for problems, _ in context.inputs.evals.values())
-    context.progress.start(0, completions, "completions evaluated")
 
 
 def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step: int) -> None:
@@ -31,20 +25,22 @@ def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step
 
     Raises StopRequested when asked to stop; evaluations between two steps that are written by then are not repeated.
     """
-    folder, accuracies = context.node_dir(node), {}
+    folder, progress, evals = context.node_dir(node), context.progress, context.inputs.evals
+    final = when == "final"
+    advance = progress.advance_or_stop if final else lambda count: progress.check_stop()
+    accuracies: Metrics = {}
+    if final:
+        completions = sum(len(problems) for problems, _ in evals.values()) * context.inputs.recipe.evaluate.samples
+        progress.start(0, completions, "completions evaluated")
 
-    def between_steps(count: int) -> None:
-        context.progress.check_stop()
-
-    for name, held_out in context.inputs.evals.items():
+    for name, held_out in evals.items():
         fault_points.failpoint("evaluation.begun")
-        if when != "final" and context.ranks.broadcast(folder.has_kept(folder.evaluation(when, name))):
+        if not final and context.ranks.broadcast(folder.has_kept(folder.evaluation(when, name))):
             continue
-        progress = context.progress.advance_or_stop if when == "final" else between_steps
         # Every model answers a problem with the same random numbers, which makes paired comparisons less noisy.
         draw = (node.seed, "eval", name)
-        rows, spend = context.grade_held_out(node, policy, held_out, "eval", step, draw, progress)
-        if when == "final":
+        rows, spend = context.grade_held_out(node, policy, held_out, "eval", step, draw, advance)
+        if final:
             write_rows(folder.evaluation(when, name), rows)
         else:
             folder.keep(step, folder.evaluation(when, name), rows)
@@ -52,5 +48,5 @@ def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step
         record(folder.ledger, spend)
         fault_points.failpoint("evaluation.charged")
         accuracies[f"{ACCURACY}{name}"] = sum(row["correct"] for row in rows) / len(rows)
-    if when == "final":
-        context.progress.advance(0, accuracies)
+    if final:
+        progress.advance(0, accuracies)

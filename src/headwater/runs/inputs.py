@@ -27,7 +27,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
-from headwater.runs.hub_models import refuse_unreachable_hub
+from headwater.runs.hub_models import named_models, refuse_unreachable_hub
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
@@ -61,11 +61,11 @@ class RunInputs:
     @classmethod
     def for_estimate(cls, recipe: Recipe) -> RunInputs:
         """Inputs with placeholders for missing data files; models that are not in a local folder are noted, not fetched."""
-        missing: list[str] = []
-        for role in ("student", "teacher", "expert"):
-            for field_, name in recipe.models.named(role).items():
-                if is_served(name) or not ModelFolder.open(name, field_).is_local:
-                    missing.append(f"{field_}: {name} is not in a local folder; its tokenizer was not read")
+        missing = [
+            f"{field_}: {name} is not in a local folder; its tokenizer was not read"
+            for field_, name in named_models(recipe.models).items()
+            if is_served(name) or not ModelFolder.open(name, field_).is_local
+        ]
         return cls(recipe, missing=missing)
 
     def __enter__(self) -> Self:
@@ -135,7 +135,9 @@ class RunInputs:
 
     @read_once("data")
     def decontaminated(self, name: str) -> LoadedProblems:
-        """A data source without the problems that an evaluation, or the validation set, holds too."""
+        """A data source without the problems that an evaluation, or the validation set, holds too; empty if the recipe lacks it."""
+        if name not in self.data_fields:
+            return LoadedProblems([], {})
         held_out = self.eval_sources
         if name != VALIDATION and VALIDATION in self.data_fields:
             held_out = {**held_out, VALIDATION: self.decontaminated(VALIDATION)}
@@ -148,16 +150,16 @@ class RunInputs:
     @property
     def labeled(self) -> LoadedProblems:
         """The labelled problems; none in a recipe for distillation alone."""
-        return self.decontaminated("data.labeled") if "data.labeled" in self.data_fields else LoadedProblems([], {})
+        return self.decontaminated("data.labeled")
 
     @property
     @read_once("data")
     def unlabeled_problems(self) -> tuple[Problem, ...]:
         """Problems of `data.unlabeled` without other spellings of labelled problems."""
-        if "data.unlabeled" not in self.data_fields:
+        problems = self.decontaminated("data.unlabeled").problems
+        if not problems:
             return ()
         known = {letters_and_digits(problem.text) for problem in self.labeled.problems}
-        problems = self.decontaminated("data.unlabeled").problems
         return tuple(problem for problem in problems if letters_and_digits(problem.text) not in known)
 
     @property
@@ -169,8 +171,7 @@ class RunInputs:
     @property
     def contexts(self) -> Mapping[str, str]:
         """Texts for the teacher alone, by problem id."""
-        unlabeled = self.decontaminated("data.unlabeled").contexts if "data.unlabeled" in self.data_fields else {}
-        return {**unlabeled, **self.labeled.contexts}
+        return {**self.decontaminated("data.unlabeled").contexts, **self.labeled.contexts}
 
     @property
     @read_once("data")
@@ -223,9 +224,7 @@ class RunInputs:
     @property
     def left_out(self) -> list[dict[str, Any]]:
         """Each training problem that an evaluation holds too: which one, in which rows, why."""
-        sources = {
-            name: self.decontaminated(name) for name in ("data.labeled", "data.unlabeled") if name in self.data_fields
-        }
+        sources = {name: self.decontaminated(name) for name in ("data.labeled", "data.unlabeled")}
         return [leak_row(name, leak, loaded) for name, loaded in sources.items() for leak in loaded.leaks]
 
     def pool(self, pool: Pool) -> tuple[str, ...]:
@@ -310,7 +309,7 @@ class RunInputs:
         return folder
 
     def prompter(self, tokenizer: Any, role: str = "student") -> Prompter:
-        """Renders this run's problems with a model's tokenizer, in the words of its role."""
+        """A prompter for this run's problems, with a model's tokenizer and the prompt settings of its role."""
         prompt = self.recipe.prompt
         return Prompter(tokenizer, prompt if role == "student" else prompt.of_teacher, self.day)
 

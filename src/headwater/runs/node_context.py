@@ -67,13 +67,12 @@ class NodeContext:
         """Load a base model of the recipe, or the model that a node trained."""
         models, device = self.inputs.recipe.models, self.inputs.device
         if isinstance(source, Node):
-            folder, fingerprint = self.node_dir(source).model, self.plan.fingerprints[source]
-            self.node_dir(source).refuse_damage(f"{folder.name}/")
-            opened = ModelFolder.open(str(folder), str(folder), models.trust_remote_code)
-            return load_policy(opened, LoadOptions(models, device, frozen, adapter, fingerprint, self.ranks))
-        # Several teachers by tag have no role of their own here: they are queried (`frozen`), never trained.
-        opened = self.inputs.model_folder(source)
-        return load_policy(opened, LoadOptions(models, device, frozen, adapter, ranks=self.ranks))
+            path, fingerprint = self.node_dir(source).model, self.plan.fingerprints[source]
+            self.node_dir(source).refuse_damage(f"{path.name}/")
+            folder = ModelFolder.open(str(path), str(path), models.trust_remote_code)
+        else:  # several teachers by tag have no role of their own here: they are queried (`frozen`), never trained
+            folder, fingerprint = self.inputs.model_folder(source), None
+        return load_policy(folder, LoadOptions(models, device, frozen, adapter, fingerprint, self.ranks))
 
     def frozen(self, source: Role | Node, stage: Stage | None = None) -> Teacher:
         """Load a model that only samples and scores. A base teacher may be a server, or several models by tag."""
@@ -137,7 +136,7 @@ class NodeContext:
         return policy if isinstance(policy, TranslatedTeacher) else sampler_for(policy, self.inputs.sampler)
 
     def prompter(self, node: Node, policy: Supervisor) -> Prompter:
-        """Renders the prompts of a node's rollouts, in the words of its learner."""
+        """A prompter for a node's rollouts, with the prompt settings of its learner."""
         return self.inputs.prompter(policy.tokenizer, node.learner)
 
     def grade_held_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from headwater.config.arm import Arm, Pool, Step
 from headwater.config.arms import arm_of, stage_of
@@ -19,6 +19,7 @@ from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
 Role = Literal["student", "teacher", "expert"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,6 @@ class Node:
         """Whether its teacher may have another tokenizer than its learner."""
         return self.settings is not None and self.settings.needs_teacher and self.settings.dense.tokenizers != "same"
 
-    @property
-    def weights(self) -> Role | Node:
-        """The model that it evaluates: its own when it trains."""
-        return self if self.kind == "train" else self.start
-
     def lora(self, recipe: Recipe) -> Lora | None:
         """The LoRA settings of this node, its stage's own or its role's; None where it trains all weights, or none."""
         if self.kind != "train" or self.settings is None:
@@ -81,10 +77,9 @@ class Node:
         if self.compute is None or steps == 0:
             return steps
         unmatched, match = self.compute
-        left = sum(flops(node) for node in match.lineage()) - sum(
-            flops(node) for node in self.lineage() if node != self
-        )
-        return max(1, round(left / (flops(unmatched) / steps)))
+        matched = sum(flops(node) for node in match.lineage())
+        spent = sum(flops(node) for node in self.lineage() if node != self)
+        return max(1, round((matched - spent) / (flops(unmatched) / steps)))
 
     def ancestry(self) -> Iterator[Node]:
         """Itself and all nodes that it waits for, each once, in topological order."""
@@ -119,7 +114,7 @@ def supervisor(node: Node) -> Role | Node | None:
     """The teacher of a student's stage, live or as cached rollouts."""
     if node.role != "student":
         return None
-    return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
+    return node.teacher if node.cache is None else node.cache.start
 
 
 def scorers(node: Node) -> dict[Role | Node, float]:
@@ -169,15 +164,8 @@ def _training_node(
     settings = stage_of(recipe, step)
     cache = None
     if not settings.on_policy:
-        cache = Node(
-            "rollouts",
-            "teacher_rollouts",
-            "teacher" if role == "student" else "expert",
-            seed,
-            supervisor,
-            step.pool,
-            settings,
-        )
+        sampled: Role = "teacher" if role == "student" else "expert"
+        cache = Node("rollouts", "teacher_rollouts", sampled, seed, supervisor, step.pool, settings)
     return Node(
         kind="train",
         stage=step.stage,
@@ -328,9 +316,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         fields["validation"] = content["validation"]
     if graded and content.get("grader") is not None:
         fields["grader"] = content["grader"]
-    if (
-        recipe.compute.sampler != "torch"
-    ):  # another sampler draws other tokens, and the loss corrects for its distribution
+    if recipe.compute.sampler != "torch":  # draws other tokens, and the loss corrects for its distribution
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
         if SAMPLERS[recipe.compute.sampler].of_user:
             fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
@@ -338,16 +324,10 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         fields |= {"overlap": recipe.compute.overlap, "importance_cap": recipe.compute.vllm.importance_cap}
     if node.kind == "train" and stage and stage.spec.loss is not None:
         fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
-    if (
-        node.aligns_tokenizers
-    ):  # the rollouts of a cache are in the ids of their reader, and the form decides what it holds
-        assert stage is not None
-        fields["aligned"] = [
-            of(node.learner),
-            stage.dense.tokenizers,
-            stage.dense.divergence,
-            recipe.models.teacher_tokenizer,
-        ]
+    if stage and node.aligns_tokenizers:
+        # The rollouts of a cache are in the ids of their reader, and the form decides what it holds.
+        dense = stage.dense
+        fields["aligned"] = [of(node.learner), dense.tokenizers, dense.divergence, recipe.models.teacher_tokenizer]
     if recipe.prompt.teacher is not None and recipe.prompt.teacher.privileged is not None and reads_contexts(node):
         fields["contexts"] = content["contexts"]
     if "day" in content and (day := content["day"](node.role)) is not None:

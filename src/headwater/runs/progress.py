@@ -85,23 +85,19 @@ def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDi
     bars = Progress(
         *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
     )  # in a log it would leave blank lines
-    open_tasks: set[TaskID] = set()
     warned: set[str] = set()
     study_state = ""
     to_log = not console.is_terminal
 
     @contextlib.contextmanager
     def bar(title: str, total: int | None, unit: str) -> Iterator[TaskID]:
-        if not open_tasks:
-            bars.start()
+        bars.start()  # without effect where another bar is shown
         task = bars.add_task(title, total=total, unit=unit, metrics="")
-        open_tasks.add(task)
         try:
             yield task
         finally:
             bars.remove_task(task)
-            open_tasks.remove(task)
-            if not open_tasks:
+            if not bars.tasks:
                 bars.stop()
 
     @contextlib.contextmanager
@@ -125,7 +121,7 @@ def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDi
             def part(name: str) -> None:
                 bars.update(task, description=f"{head}: {name}" if name else head)
 
-            yield NodeProgress(start, advance, lambda: False, partial(warn, head), part=part)
+            yield NodeProgress(start, advance, warn=partial(warn, head), part=part)
         end = f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}"
         say(end.rstrip())
 

@@ -116,8 +116,10 @@ def companions(vary: str, recipe: Recipe) -> tuple[str, ...]:
 
     J_λ compares rewards within groups, so each λ samples student RL's group size; rollouts per step stay the same.
     """
-    group_size = recipe.stages.require("student_rl").group_size if vary == "lambda" else 0
-    return ("stages.opd.objective=mixed", f"stages.opd.group_size={group_size}") if vary == "lambda" else ()
+    if vary != "lambda":
+        return ()
+    group_size = recipe.stages.require("student_rl").group_size
+    return ("stages.opd.objective=mixed", f"stages.opd.group_size={group_size}")
 
 
 def lay_out(

@@ -19,7 +19,7 @@ from headwater import plugins
 from headwater.errors import UserError
 from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.storage.files import read_rows_from
-from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
+from headwater.storage.run_dir import RunDir, read_json, write_json
 from headwater.training.update import Metrics
 
 EVERY_SECONDS = 2.0
@@ -141,7 +141,8 @@ class MetricsForwarder:
             earlier = read_json(self.out.tracked)
             self.last_step = {key: dict(steps) for key, steps in earlier.items()} if isinstance(earlier, dict) else {}
         for node in self.out.nodes():
-            for row in self._new_rows(node):
+            rows, self.sizes[node.name] = read_rows_from(node.metrics, self.sizes.get(node.name, 0))
+            for row in rows:  # those repeated after a resume are recognized by their step
                 step = int(row["step"])
                 values = {
                     key: float(value) for key, value in row.items() if key != "step" and isinstance(value, (int, float))
@@ -168,12 +169,6 @@ class MetricsForwarder:
             with contextlib.ExitStack() as closing:  # closes every tracker, also where one fails
                 for tracker in self.trackers.values():
                     closing.callback(tracker.close)
-
-    def _new_rows(self, node: NodeDir) -> list[dict[str, Any]]:
-        if not node.metrics.exists():
-            return []
-        rows, self.sizes[node.name] = read_rows_from(node.metrics, self.sizes.get(node.name, 0))
-        return rows  # those repeated after a resume are recognized by their step
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -19,7 +19,7 @@ from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
-from headwater.runs.evaluate_node import run_evals, start_final_evaluation
+from headwater.runs.evaluate_node import run_evals
 from headwater.runs.node_context import LoadTeacher, NodeContext, after_step
 from headwater.runs.plan import Node, base_of, scorers
 from headwater.runs.stage_measurements import StageMeasurements
@@ -39,12 +39,12 @@ from headwater.teachers.server_client import is_served
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
-from headwater.training.early_stopping import PlateauMonitor
-from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes, unchanged_teacher
+from headwater.training.early_stopping import has_plateau
+from headwater.training.guards import GuardMonitor, StageOutcomes, no_signal, unchanged_teacher
+from headwater.training.lagged_copy import lagged_copy
 from headwater.training.loop import Source, StepResult, train_steps
-from headwater.training.moving_copy import moving_copy
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
-from headwater.training.update import make_optimizer
+from headwater.training.update import make_optimizer, needs_old_logp
 
 
 def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
@@ -56,7 +56,8 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     stage, folder = node.settings, context.node_dir(node)
     policy = context.trainee(node)
     steps = context.steps(node)
-    with sampling_ahead(node, context, policy, steps) as ahead:
+    ahead = ahead_sampler(node, context, policy, steps)
+    with contextlib.nullcontext() if ahead is None else contextlib.closing(ahead):
         step = train_stage(node, context, policy, steps, ahead)
     fault_points.failpoint("stage.ended")
     if node.role == "teacher":
@@ -70,28 +71,21 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
         (aside / "README.md").write_text(model_card(node, context, step), encoding="utf-8")
         fault_points.failpoint("model.written")
     fault_points.failpoint("model.saved")
-    start_final_evaluation(context)
     run_evals(policy, node, context, "final", step)
     if step == steps or stage.until is None:
         return None
     return {"ended": {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}}
 
 
-@contextlib.contextmanager
-def sampling_ahead(node: Node, context: NodeContext, policy: Policy, steps: int) -> Iterator[AheadSampler | None]:
+def ahead_sampler(node: Node, context: NodeContext, policy: Policy, steps: int) -> AheadSampler | None:
     """The stage's sampler of the next step's rollouts; None without `compute.overlap`, and for a stage that samples nothing."""
     assert node.settings is not None
     if not (context.inputs.recipe.compute.overlap and node.settings.on_policy):
-        yield None
-        return
+        return None
     sampler = context.inputs.recipe.compute.sampler
     if sampler != "torch" and not policy.ranks.single_process:
         raise UserError(f"compute.overlap: with compute.sampler {sampler} it runs in one process; leave torchrun out")
-    ahead = AheadSampler(policy, context.sampling_copy(node), context.inputs.sampler, context.sampler(policy), steps)
-    try:
-        yield ahead
-    finally:
-        ahead.close()
+    return AheadSampler(policy, context.sampling_copy(node), context.inputs.sampler, context.sampler(policy), steps)
 
 
 def guards_of(recipe: Recipe) -> Guards:
@@ -117,11 +111,9 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     objective = objective_of(stage, importance_cap(recipe))
     load_teacher: LoadTeacher = cache(partial(context.teacher, node=node))
     reference = context.reference(node, policy) if uses_reference(node, objective) else None
-    copy = (
-        None
-        if stage.dense.start_update is None or reference is None
-        else moving_copy(policy, reference, stage.dense.start_update)
-    )
+    copy = None
+    if stage.dense.start_update is not None and reference is not None:
+        copy = lagged_copy(policy, reference, stage.dense.start_update)
     source = rollout_source(node, context, policy, objective, reference, load_teacher, ahead)
     measurements = StageMeasurements(node, context, policy, load_teacher)
     optimizer = make_optimizer(policy, stage.optim)
@@ -137,18 +129,16 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
     guards = GuardMonitor(guards_of(recipe), outcomes, steps, progress.warn)
     pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
-    no_signal = NoSignalGuard(recipe.guards, outcomes, steps, pool, stage.dense)
-    plateau = PlateauMonitor(stage.until, folder.metrics)
     microbatch_tokens = recipe.compute.microbatch_tokens
-    earlier = list(read_jsonl(folder.metrics))
-    if why := no_signal.catch_up(earlier) or guards.catch_up(earlier):
+    rows = list(read_jsonl(folder.metrics))
+    if why := no_signal(recipe.guards, outcomes, rows, steps, pool, stage.dense) or guards.catch_up(rows):
         raise TrainingStoppedError(f"step {done} of {steps}: {why}")
-    if earlier:  # sums over smaller microbatches differ in their last bits, so a resumed stage keeps the size
-        microbatch_tokens = min(microbatch_tokens, int(earlier[-1].get("microbatch_tokens", microbatch_tokens)))
+    if rows:  # sums over smaller microbatches differ in their last bits, so a resumed stage keeps the size
+        microbatch_tokens = min(microbatch_tokens, int(rows[-1].get("microbatch_tokens", microbatch_tokens)))
 
     def measure(step: int) -> bool:
         """Measure what is due after a step and not written yet; whether the step is the last."""
-        last = step == steps or plateau.reached(step)
+        last = step == steps or has_plateau(rows, stage.until)
         measurements.condition_c2(step, last=step == steps)
         if stage.eval_every and step and step % stage.eval_every == 0 and not last:
             run_evals(policy, node, context, f"step-{step:06d}", step)
@@ -167,7 +157,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
         checkpoint(done)
     if ended and done:
         return done
-    for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
+    for result in train_steps(policy, optimizer, source, objective, range(done, steps), microbatch_tokens):
         step = result.step
         row, stopped = result.metrics, result.stopped
         if copy is not None and stopped is None:
@@ -179,16 +169,17 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
             except TrainingStoppedError as measuring:
                 error = measuring
         append_jsonl(folder.metrics, [row])
+        rows.append(row)
         fault_points.failpoint("step.measured")
-        charge(node, context, result, objective, policy)
+        charge(node, context, result, policy)
         fault_points.failpoint("step.charged")
-        write_rollouts(node, context, result, objective, policy)
+        write_rollouts(node, context, result, policy)
         fault_points.failpoint("step.kept")
         progress.advance(1, row)
         if error is not None:
             raise error
-        no_signal_stop, guard_stop = no_signal.check(row), guards.check(row)
-        why = no_signal_stop or guard_stop
+        guard_stop = guards.check(row)  # also where the next line stops: it records what it warns of
+        why = no_signal(recipe.guards, outcomes, rows, steps, pool, stage.dense) or guard_stop
         last = stop = False
         try:
             last = measure(step)
@@ -219,17 +210,14 @@ def rollout_source(
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
     assert node.settings is not None and node.pool is not None
     stage, inputs = node.settings, context.inputs
+    prompts = inputs.prompts(node.pool, stage)
     tags = {problem.id: problem.tag for problem in inputs.all_problems} if stage.dense.normalize == "tags" else {}
-    if objective.source == "teacher":
-        assert node.cache is not None
+    if node.cache is not None:
         folder = context.node_dir(node.cache)
         folder.refuse_damage(f"{folder.cache.name}/")
-        prompts = inputs.prompts(node.pool, stage)
         return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks, tags)
-    start = None if reference is None else context.translated_teacher(reference, base_of(node.start), node)
-    teacher = stage_teacher(node, policy, start, load_teacher) if "teacher" in objective.signals else None
+    teacher = stage_teacher(node, context, policy, reference, load_teacher)
     prompter = context.prompter(node, policy)
-    prompts = inputs.prompts(node.pool, stage)
     if stage.grades_spent_labels:
         spent = spent_labels(node, context)
         prompts = tuple(name for name in prompts if name in spent)
@@ -241,10 +229,9 @@ def rollout_source(
     )
     chooser = None
     if stage.dense.candidates != "teacher":
-        chooser = (
-            policy if uses_candidates(teacher.model if isinstance(teacher, TranslatedTeacher) else teacher) else None
-        )
-        if chooser is None:
+        if uses_candidates(teacher.model if isinstance(teacher, TranslatedTeacher) else teacher):
+            chooser = policy
+        else:
             context.progress.warn(f"{node.stage}: {NO_CANDIDATES}")
     sampler = context.sampler(policy) if ahead is None else ahead
     if parts > 1 and not policy.ranks.single_process:
@@ -256,14 +243,14 @@ def rollout_source(
     return PolicyRollouts(
         policy=policy,
         stage=stage,
-        draw=(node.stage, node.seed),
+        draw=(node.seed, node.stage),
         objective=objective,
         prompts={name: prompter.ids(inputs.problems[name]) for name in prompts},
         sampler=sampler,
         prompter=prompter,
-        labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
+        labels=inputs.labels.only(inputs.pool(node.pool)) if stage.needs_labels else None,
         teacher=teacher,
-        reference=reference if "reference" in objective.signals else None,
+        reference=reference if stage.needs_reference else None,
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=parts,
         labels_shown=context.labels_shown(node),
@@ -285,31 +272,35 @@ def uses_reference(node: Node, objective: Objective) -> bool:
 
 
 def stage_teacher(
-    node: Node, policy: Policy, start: Supervisor | None, load_teacher: LoadTeacher
+    node: Node, context: NodeContext, policy: Policy, reference: Policy | None, load_teacher: LoadTeacher
 ) -> Supervisor | ComposedTeacher | None:
     """The model that scores a stage's rollouts, or the combination of several; None without one.
 
+    reference  the stage's initial weights, where they are one of them
+
     Raises UserError where vocabularies have different widths.
     """
-    sources = scorers(node)
-    models = [start if source == node.start else load_teacher(source) for source in sources]
-    loaded = tuple(model for model in models if model is not None)
-    for model in loaded:
-        refuse_different_widths(policy, model, ("models.student", "models.teacher"))
-    if not loaded:
+    models: list[Supervisor] = []
+    for source in scorers(node):
+        if source == node.start and reference is not None:
+            models.append(context.translated_teacher(reference, base_of(source), node))
+        else:
+            models.append(load_teacher(source))
+        refuse_different_widths(policy, models[-1], ("models.student", "models.teacher"))
+    if not models:
         return None
-    weights = tuple(sources.values())
+    weights = tuple(scorers(node).values())
     if weights == (1.0,):
-        return loaded[0]
+        return models[0]
     assert node.settings is not None
-    return ComposedTeacher(loaded, gain if node.settings.dense.gain_over is not None else product(weights))
+    return ComposedTeacher(tuple(models), gain if node.settings.dense.gain_over is not None else product(weights))
 
 
-def charge(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
+def charge(node: Node, context: NodeContext, result: StepResult, policy: Policy) -> None:
     """Add the step's ledger row: labels, completions graded, tokens, FLOPs and seconds."""
     assert node.settings is not None
     batch = result.batch
-    updated = 0.0 if result.stopped else update_flops(node.settings, objective, policy, batch.rows)
+    updated = 0.0 if result.stopped else update_flops(node.settings, policy, batch.rows)
     record(
         context.node_dir(node).ledger,
         replace(
@@ -326,26 +317,26 @@ def charge(node: Node, context: NodeContext, result: StepResult, objective: Obje
     )
 
 
-def update_flops(stage: Stage, objective: Objective, policy: Policy, rows: Sequence[Row]) -> float:
+def update_flops(stage: Stage, policy: Policy, rows: Sequence[Row]) -> float:
     """FLOPs of a step's forward and backward passes.
 
     Several updates on one batch need the old log-probs: one more forward pass, a third of an update.
     """
-    reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
-    passes = stage.passes + (1.0 / 3.0 if reused else 0.0)
+    passes = stage.passes + (1.0 / 3.0 if needs_old_logp(stage) else 0.0)
     return passes * policy.pass_flops([row for row in rows if not row.zero_gradient], passes=3)
 
 
-def write_rollouts(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
+def write_rollouts(node: Node, context: NodeContext, result: StepResult, policy: Policy) -> None:
     """Write the step's completions and verdicts; a few with the teacher's signal per token."""
+    on_policy = node.settings is not None and node.settings.on_policy
     folder, prompter, rows = context.node_dir(node), context.prompter(node, policy), result.batch.rows
     # Ranks exchange the signals; one that stopped may be alone.
-    shown = token_signals.kept(rows) if objective.source == "policy" and result.stopped is None else []
+    shown = token_signals.kept(rows) if on_policy and result.stopped is None else []
     own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].local}
     parts = policy.ranks.all_gather(own) if shown else []
     signals = {i: signal for part in parts for i, signal in part.items()}
     lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
-    shown_labels = context.labels_shown(node) if objective.source == "policy" else frozenset()
+    shown_labels = context.labels_shown(node) if on_policy else frozenset()
     lines = [line | ({"label_shown": True} if line["problem_id"] in shown_labels else {}) for line in lines]
     folder.keep(result.step, folder.rollouts(result.step), lines)
 

@@ -139,11 +139,10 @@ def newest_intact(node: NodeDir, say: Callable[[str], None]) -> str | None:
     damaged: list[str] = []
     for folder in node.checkpoints():
         broken = damage_of(node, folder)
-        if broken is not None:
-            damaged.append(broken)
-            say(f"{broken}: is damaged; checkpoint {folder.name} is skipped for the one before it")
-            continue
-        return str(folder.resolve())
+        if broken is None:
+            return str(folder.resolve())
+        damaged.append(broken)
+        say(f"{broken}: is damaged; checkpoint {folder.name} is skipped for the one before it")
     if damaged:
         raise UserError(
             f"{damaged[0]}: is damaged (its checksum differs) and no older checkpoint is intact; "

@@ -6,34 +6,18 @@ The decision uses the rows of metrics.jsonl only, so a resumed stage decides as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from headwater.config.stage import Until
-from headwater.storage.files import read_rows_from
 
 HIGHER_IS_BETTER = ("reward", "validation")
 
 
-class PlateauMonitor:
-    """Reads a stage's metrics file as it grows and says whether `until.metric` has reached its plateau.
-
-    until  the stage's stopping rule; None never stops
-    """
-
-    def __init__(self, until: Until | None, metrics: Path) -> None:
-        self._until, self._path = until, metrics
-        self._rows: list[dict[str, Any]] = []  # one entry per step, with the metric alone
-        self._offset = 0  # bytes of the file already read
-
-    def reached(self, step: int) -> bool:
-        """Whether the stage is over after `step` steps; checked at the end of each window."""
-        until = self._until
-        if until is None or step % until.every:
-            return False
-        rows, self._offset = read_rows_from(self._path, self._offset)
-        self._rows += [{until.metric: row[until.metric]} if until.metric in row else {} for row in rows]
-        return plateau(self._rows[:step], until.metric, until.every, until.patience, until.least)
+def has_plateau(rows: Sequence[Mapping[str, Any]], until: Until | None) -> bool:
+    """Whether a stage is over after the steps of `rows`, one each; decided at the end of each window. Without `until`, never."""
+    if until is None or len(rows) % until.every:
+        return False
+    return plateau(rows, until.metric, until.every, until.patience, until.least)
 
 
 def plateau(rows: Sequence[Mapping[str, Any]], metric: str, every: int, patience: int, least: float) -> bool:

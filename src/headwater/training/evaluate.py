@@ -52,6 +52,7 @@ def evaluate(
     on_finished = None if progress is None else lambda rollouts: progress(len(rollouts))
     graded = sample_and_grade(sampler, requests, settings.sampling, labels, prompter, on_finished)
     assert graded.verdicts is not None
+    texts = [prompter.completion(rollout.completion_ids) for rollout in graded.rollouts]
     rows = [
         {
             "problem_id": rollout.problem_id,
@@ -63,7 +64,7 @@ def evaluate(
             "tokens": len(rollout.completion_ids),
             "finish": rollout.finish,
         }
-        for rollout, text, verdict in zip(graded.rollouts, graded.texts, graded.verdicts, strict=True)
+        for rollout, text, verdict in zip(graded.rollouts, texts, graded.verdicts, strict=True)
     ]
     spent = {
         "checks": len(rows),
@@ -76,14 +77,13 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Graded:
-    """Rollouts in the order of their requests, their texts, and their verdicts (None without labels).
+    """Rollouts in the order of their requests, and their verdicts (None without labels).
 
     seconds         time until the last rollout was sampled
     seconds_waited  time spent waiting for verdicts after that
     """
 
     rollouts: list[Rollout]
-    texts: list[str]
     verdicts: list[Verdict] | None
     seconds: float
     seconds_waited: float
@@ -140,7 +140,6 @@ def sample_and_grade(
             raise
     return Graded(
         rollouts=rollouts,
-        texts=[prompter.completion(rollout.completion_ids) for rollout in rollouts],
         verdicts=None if labels is None else [verdicts[rollout.problem_id, rollout.sample] for rollout in rollouts],
         seconds=sampled - started,
         seconds_waited=time.perf_counter() - sampled,

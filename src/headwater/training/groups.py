@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,6 @@ from headwater.config.stage import Stage
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.advantages import ADVANTAGES
 from headwater.losses.batch import Row
-from headwater.training.update import split_minibatches
 from headwater.types import Verdict
 
 
@@ -39,9 +39,20 @@ def groups_of(rows: Sequence[Row], group_size: int) -> list[Sequence[Row]]:
     return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
 
 
+def split_minibatches(rows: Sequence[Row], parts: int, group_size: int) -> list[list[Row]]:
+    """Split rows into `parts` of nearly equal size without cutting a group of `group_size` rows."""
+    groups = groups_of(rows, group_size)
+    cuts = [round(index * len(groups) / parts) for index in range(parts + 1)]
+    return [[row for group in groups[a:b] for row in group] for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def is_informative(group: Sequence[Row]) -> bool:
+    """Whether the verdicts of a group differ; otherwise its advantages are 0."""
+    return len({row.verdict.correct for row in group if row.verdict}) > 1
+
+
 def count_uninformative(rows: Sequence[Row], group_size: int) -> int:
-    """Number of groups whose verdicts are all equal: their advantages are 0."""
-    return sum(len({row.verdict.correct for row in group if row.verdict}) < 2 for group in groups_of(rows, group_size))
+    return sum(not is_informative(group) for group in groups_of(rows, group_size))
 
 
 def count_solved(rows: Sequence[Row], group_size: int) -> int:
@@ -58,11 +69,8 @@ def replace_uninformative(kept: list[Row], fresh: list[Row], group_size: int) ->
     """Replace uninformative groups by informative fresh ones (dynamic sampling); keep the rest in place."""
     if not kept:
         return fresh
-    informative = iter([group for group in groups_of(fresh, group_size) if count_uninformative(group, group_size) == 0])
-    groups = [
-        group if count_uninformative(group, group_size) == 0 else next(informative, group)
-        for group in groups_of(kept, group_size)
-    ]
+    informative = filter(is_informative, groups_of(fresh, group_size))
+    groups = [group if is_informative(group) else next(informative, group) for group in groups_of(kept, group_size)]
     return [row for group in groups for row in group]
 
 

@@ -6,12 +6,12 @@ read the ledger and the rollouts. docs/checks.md says why each exists and what t
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from headwater.config.dense import Dense
 from headwater.config.guards import GUARDS, Guard, Guards
@@ -42,12 +42,46 @@ class StageOutcomes:
         return Outcomes.of(row for path in paths for row in read_jsonl(path))
 
 
-class Series(Protocol):
-    """One metric over the steps so far."""
+class Windows:
+    """One metric over the steps so far, in windows of `length` steps.
 
-    def add(self, value: float) -> float | None:
-        """The figure compared with the bound after this step; None until the window is full."""
-        ...
+    values  of the last two windows
+    mean    over the last window, once it is full
+    first   mean over the stage's first window
+    lowest  lowest mean so far
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.values: deque[float] = deque(maxlen=2 * length)
+        self.mean = self.first = self.lowest = float("nan")
+
+    def add(self, value: float) -> bool:
+        """Add the value of a step; whether a window is full."""
+        self.values.append(value)
+        if len(self.values) < self.length:
+            return False
+        self.mean = sum(list(self.values)[-self.length :]) / self.length
+        if math.isnan(self.first):
+            self.first = self.lowest = self.mean
+        self.lowest = min(self.lowest, self.mean)
+        return True
+
+
+def jump(windows: Windows) -> float | None:
+    """|median of the last window − median of the window before| / (median absolute deviation of the window before + JUMP_FLOOR).
+
+    None until two windows are full. Medians, because a single odd completion moves the mean of a step.
+
+    Example: windows of three steps 0.1, 0.2, 0.3 and 1.2, 1.2, 9: 1.0 / (0.1 + 0.05) = 6.7.
+    """
+    values, length = list(windows.values), windows.length
+    if len(values) < 2 * length:
+        return None
+    before, now = values[:length], values[length:]
+    center = statistics.median(before)
+    spread = statistics.median(abs(earlier - center) for earlier in before)
+    return abs(statistics.median(now) - center) / (spread + JUMP_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,7 @@ class Measure:
     """What a guard computes and how it reports it.
 
     metrics      columns of metrics.jsonl; the worst of several counts
-    series       window in steps -> the figure of a metric, step by step
+    figure       what is compared with the bound; None where it is not known yet
     below        whether a value at or below the bound sounds the alarm, rather than one above it
     description  the alarm in words; {figure} is replaced by the value, {percent} by it in percent
     remedy       what to do about it, in a few words; {stage} is replaced by the stage's field
@@ -66,7 +100,7 @@ class Measure:
     """
 
     metrics: tuple[str, ...]
-    series: Callable[[int], Series]
+    figure: Callable[[Windows], float | None]
     below: bool
     description: str
     remedy: str
@@ -83,61 +117,10 @@ class Measure:
         return min(window, max(self.windows, steps // self.windows))
 
 
-class WindowMean:
-    """A figure of running means over full windows.
-
-    figure  (mean over the last window, over the stage's first, the lowest mean so far) -> value
-    """
-
-    def __init__(self, window: int, figure: Callable[[float, float, float], float]) -> None:
-        self.values: deque[float] = deque(maxlen=window)
-        self.figure = figure
-        self.first = self.lowest = float("nan")
-
-    def add(self, value: float) -> float | None:
-        self.values.append(value)
-        if len(self.values) < (self.values.maxlen or 1):
-            return None
-        mean = sum(self.values) / len(self.values)
-        if self.first != self.first:
-            self.first = self.lowest = mean
-        self.lowest = min(self.lowest, mean)
-        return self.figure(mean, self.first, self.lowest)
-
-
-class Jump:
-    """|median of the last window − median of the window before| / (median absolute deviation of the window before + JUMP_FLOOR).
-
-    Medians, because a single odd completion moves the mean of a step.
-
-    Example: windows of three steps 0.1, 0.2, 0.3 and 1.2, 1.2, 9: 1.0 / (0.1 + 0.05) = 6.7.
-    """
-
-    def __init__(self, window: int) -> None:
-        self.values: deque[float] = deque(maxlen=2 * window)
-
-    def add(self, value: float) -> float | None:
-        self.values.append(value)
-        if len(self.values) < (self.values.maxlen or 2):
-            return None
-        window = len(self.values) // 2
-        before, now = list(self.values)[:window], list(self.values)[window:]
-        center = statistics.median(before)
-        spread = statistics.median(abs(earlier - center) for earlier in before)
-        return abs(statistics.median(now) - center) / (spread + JUMP_FLOOR)
-
-
-def _windows(figure: Callable[[float, float, float], float]) -> Callable[[int], Series]:
-    return partial(WindowMean, figure=figure)
-
-
-_MEAN = _windows(lambda mean, first, lowest: mean)
-
-
 MEASURES: dict[str, Measure] = {
     "kl_explosion": Measure(
         ("kl_reference", "kl_student_teacher", "kl_teacher_student"),
-        _windows(lambda mean, first, lowest: mean - lowest),
+        lambda windows: windows.mean - windows.lowest,
         below=False,
         description="the KL has risen by {figure:.3g} nats per token over its lowest",
         remedy="lower {stage}.optim.lr, or in a stage with rewards raise sparse.kl_coef",
@@ -145,7 +128,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "entropy_collapse": Measure(
         ("entropy",),
-        _windows(lambda mean, first, lowest: mean / first if first > 0.0 else 1.0),
+        lambda windows: windows.mean / windows.first if windows.first > 0.0 else 1.0,
         below=True,
         description="the entropy is {figure:.3g} of its value at the start of the stage",
         remedy="lower {stage}.optim.lr, raise sparse.clip_high or sparse.kl_coef, or end the stage earlier",
@@ -154,14 +137,14 @@ MEASURES: dict[str, Measure] = {
     ),
     "truncation": Measure(
         ("truncated",),
-        _MEAN,
+        lambda windows: windows.mean,
         below=False,
         description="{percent:.0f} % of the completions reached the token limit",
         remedy="raise {stage}.sampling.max_tokens",
     ),
     "no_variance": Measure(
         ("informative",),
-        _MEAN,
+        lambda windows: windows.mean,
         below=True,
         description="{percent:.0f} % of the groups have rewards that differ",
         remedy="end the stage earlier, use harder or easier problems, or raise {stage}.group_size",
@@ -169,21 +152,21 @@ MEASURES: dict[str, Measure] = {
     ),
     "sampler_gap": Measure(
         ("sampler_gap",),
-        _MEAN,
+        lambda windows: windows.mean,
         below=False,
         description="sampler and trainer differ by {figure:.3g} nats per token",
         remedy="run `headwater doctor`, or set models.dtype to float32; with compute.overlap, lower {stage}.optim.lr",
     ),
     "teacher_uniform": Measure(
         ("teacher_contrast",),
-        _MEAN,
+        lambda windows: windows.mean,
         below=True,
         description="the teacher gives every token about the probability 1/V: its log-probs differ by {figure:.1%} from −ln V",
         remedy="check the weights that teacher or server loaded",
     ),
     "teacher_jump": Measure(
         ("kl_student_teacher",),
-        Jump,
+        jump,
         below=False,
         description="the KL to the teacher moved by {figure:.3g} times its spread over the steps before",
         remedy="check that teacher or server still has the weights that it began with",
@@ -228,15 +211,15 @@ class _GuardState:
     def __init__(self, name: str, guard: Guard, steps: int) -> None:
         self.name, self.guard, self.measure = name, guard, MEASURES[name]
         self.window = self.measure.window(guard.window, steps)
-        self.series = {metric: self.measure.series(self.window) for metric in self.measure.metrics}
+        self.metrics = {metric: Windows(self.window) for metric in self.measure.metrics}
         self.active = False
 
     def add(self, row: Row) -> tuple[Alarm, bool] | None:
         """The alarm of this step, with whether it has just started. A row without the metric changes nothing."""
         if self.measure.unless in row or (self.measure.requires is not None and self.measure.requires not in row):
             return None
-        added = [series.add(float(row[metric])) for metric, series in self.series.items() if metric in row]
-        figures = [figure for figure in added if figure is not None]
+        measured = [windows for metric, windows in self.metrics.items() if metric in row and windows.add(row[metric])]
+        figures = [figure for figure in map(self.measure.figure, measured) if figure is not None]
         if not figures:
             return None
         figure = min(figures) if self.measure.below else max(figures)
@@ -300,7 +283,6 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
     rows = [row for row in read_jsonl(stage.folder.metrics) if "informative" in row]
     if guards.unchanged_teacher == "off" or not rows or any(row["informative"] or row.get("grad_norm") for row in rows):
         return None
-    last = int(rows[-1]["step"])
     outcomes = stage.over(int(row["step"]) for row in rows)
     sentence = (
         f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student distils the teacher as it was before the labels: "
@@ -310,50 +292,37 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
         return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it all the same)"
     warn(sentence)
     if not any(row["guard"] == UNCHANGED for row in read_jsonl(stage.folder.warnings)):  # of an interrupted end
-        alarm = Alarm(UNCHANGED, last, 0.0, 0.0, len(rows), "warn")
+        alarm = Alarm(UNCHANGED, int(rows[-1]["step"]), 0.0, 0.0, len(rows), "warn")
         append_jsonl(stage.folder.warnings, [{**asdict(alarm), "sentence": sentence}])
     return None
 
 
-class NoSignalGuard:
-    """Stops a stage whose labels buy nothing: in its first steps every group's rewards are equal.
+def no_signal(
+    guards: Guards, stage: StageOutcomes, rows: Sequence[Row], steps: int, pool: int, dense: Dense
+) -> str | None:
+    """Why a stage must stop because its labels buy nothing: in its first steps every group's rewards are equal. Else None.
 
-    Call `check` after the step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
+    Call it after the last step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
 
+    rows   of metrics.jsonl, one for each step so far
     steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
     pool   number of labels that the stage may look at
     dense  the stage's settings of the teacher's signal; where it trains groups that are all wrong, their labels buy that
     """
-
-    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int, dense: Dense) -> None:
-        stops = guards.no_signal == "stop" and steps >= guards.patience and not dense.trains_wrong_groups
-        self._step = guards.patience if stops else None
-        self._stage, self._steps, self._pool = stage, steps, pool
-        self._informative = False
-
-    def catch_up(self, rows: Iterable[Row]) -> str | None:
-        """Replay the rows of finished steps; return why the stage had stopped at the last of them, if it had."""
-        last: Row = {}
-        for row in rows:
-            self._informative |= row.get("informative", 0.0) > 0.0
-            last = row
-        return self.check(last)
-
-    def check(self, row: Row) -> str | None:
-        """Why the stage must stop after this step; None where it goes on."""
-        if "informative" not in row:
-            return None
-        self._informative |= row["informative"] > 0.0
-        if self._step is None or self._informative or row["step"] < self._step:
-            return None
-        step = int(row["step"])
-        spent = [spend for spend in read_jsonl(self._stage.folder.ledger) if spend["purpose"] == "train"]
-        labels = len({label for spend in spent for label in spend["labels"]})
-        outcomes = self._stage.over(range(1, step + 1))
-        left = self._pool - labels if step < self._steps else 0
-        rest = f", and the other {left} of this stage's {self._pool} would be wasted too" if left > 0 else ""
-        return (
-            f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
-            f"{outcomes.because(self._stage.max_tokens)}; {labels} labels were looked at{rest}; "
-            f"{outcomes.remedy(self._stage.field)} (or set guards.no_signal=continue to train on all the same)"
-        )
+    if guards.no_signal != "stop" or steps < guards.patience or dense.trains_wrong_groups:
+        return None
+    if not rows or "informative" not in rows[-1] or rows[-1]["step"] < guards.patience:
+        return None
+    if any(row.get("informative", 0.0) > 0.0 for row in rows):
+        return None
+    step = int(rows[-1]["step"])
+    spent = [spend for spend in read_jsonl(stage.folder.ledger) if spend["purpose"] == "train"]
+    labels = len({label for spend in spent for label in spend["labels"]})
+    outcomes = stage.over(range(1, step + 1))
+    left = pool - labels if step < steps else 0
+    rest = f", and the other {left} of this stage's {pool} would be wasted too" if left > 0 else ""
+    return (
+        f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
+        f"{outcomes.because(stage.max_tokens)}; {labels} labels were looked at{rest}; "
+        f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on all the same)"
+    )

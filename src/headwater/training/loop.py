@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from headwater.config.stage import Stage
 from headwater.errors import TrainingStoppedError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective
@@ -63,7 +62,6 @@ def train_steps(
     optimizer: torch.optim.Optimizer,
     source: Source,
     objective: Objective,
-    stage: Stage,
     steps: range,
     microbatch_tokens: int,
 ) -> Iterator[StepResult]:
@@ -78,7 +76,7 @@ def train_steps(
     for step in steps:
         fault_points.failpoint("step.begun")
         started = time.perf_counter()
-        lr = learning_rate(stage.optim, step, steps.stop)
+        lr = learning_rate(objective.stage.optim, step, steps.stop)
         for group in optimizer.param_groups:
             group["lr"] = lr
         try:
@@ -90,7 +88,7 @@ def train_steps(
         update_metrics: Metrics = {"updates": 0, "microbatch_tokens": microbatch_tokens, "tokens_trained": 0}
         if stopped is None:
             try:
-                update_metrics = update(policy, optimizer, batch.rows, objective, stage, microbatch_tokens)
+                update_metrics = update(policy, optimizer, batch.rows, objective, objective.stage, microbatch_tokens)
             except TrainingStoppedError as error:
                 stopped = str(error)
         microbatch_tokens = int(update_metrics["microbatch_tokens"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 
@@ -29,6 +29,7 @@ from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.exchanged_scores import Scores, exchanged
 from headwater.teachers.scoring import distributions_of, logp_of, top_tokens
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
+from headwater.training.dense_weights import with_dense_weights
 from headwater.training.evaluate import SamplingStoppedError, sample_and_grade
 from headwater.training.groups import (
     assign_to_ranks,
@@ -43,15 +44,14 @@ from headwater.training.groups import (
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
 from headwater.training.teacher_contrast import contrast_metrics
-from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
 
 
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
+def epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Order in which a stage reads `size` teacher rollouts in an epoch; a cache holds as many of epoch 0's first as are read."""
-    order: list[int] = seeds.generator(seed, "stored", epoch).permutation(size).tolist()
-    return order
+    return tuple(seeds.generator(seed, "stored", epoch).permutation(size).tolist())
 
 
 class CachedRollouts:
@@ -74,27 +74,21 @@ class CachedRollouts:
         self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags or {})}
         self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
         self._stage, self._seed, self._ranks = stage, seed, ranks
-        self._epoch, self._order = -1, list[int]()
 
     def __call__(self, step: int) -> StepBatch:
+        size = len(self._pool)
         positions = range(step * self._stage.batch_size, (step + 1) * self._stage.batch_size)
-        places = (divmod(position, len(self._pool)) for position in positions)
-        rows = [self._rows[self._pool[self._epoch_order(epoch)[place]]] for epoch, place in places]
+        places = (divmod(position, size) for position in positions)
+        rows = [self._rows[self._pool[epoch_order(size, self._seed, epoch)[place]]] for epoch, place in places]
         rows = assign_to_ranks(rows, self._stage, 1, self._ranks)
         return StepBatch(rows, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated_share(rows)})
-
-    def _epoch_order(self, epoch: int) -> list[int]:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = epoch_order(len(self._pool), self._seed, epoch)
-        return self._order
 
 
 @dataclass(frozen=True)
 class PolicyRollouts:
     """Rollouts sampled by the current policy, with the signals its objective asks for. Call it with a step index.
 
-    draw       stage name and seed: name the random numbers of prompts and samples
+    draw       seed and stage name: name the random numbers of prompts and samples
     prompts    problem id -> prompt ids of the problems that the stage may sample
     labels     capability to grade; None for a dense objective
     teacher    scores the rollouts; None for a sparse objective
@@ -108,7 +102,7 @@ class PolicyRollouts:
 
     policy: Policy
     stage: Stage
-    draw: tuple[str, int]
+    draw: tuple[int, str]
     objective: Objective
     prompts: Mapping[str, tuple[int, ...]]
     sampler: Sampler
@@ -229,22 +223,18 @@ class PolicyRollouts:
         return kept, seconds
 
     def _requests(self, step: int, attempt: int = 0) -> list[Request]:
-        """The requests of a step, `stage.group_size` for each of its problems."""
-        name, seed = self.draw
-        prompts = [(problem, self.prompts[problem]) for problem in self._problems(step, attempt)]
-        return requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
-
-    def _problems(self, step: int, attempt: int) -> list[str]:
-        """Problem ids of a step; further attempts (dynamic sampling) have an order of their own."""
-        if not attempt:
-            return self._order.step(step)
-        name, seed = self.draw
-        return seeds.shuffled(list(self.prompts), seed, name, "again", step, attempt)[: self.stage.prompts_per_step]
+        """The requests of a step, `stage.group_size` for each of its problems; further attempts (dynamic sampling) draw others."""
+        if attempt:
+            order = seeds.shuffled(list(self.prompts), *self.draw, "again", step, attempt)
+            problems = order[: self.stage.prompts_per_step]
+        else:
+            problems = self._order.step(step)
+        prompts = [(problem, self.prompts[problem]) for problem in problems]
+        return requests_for(prompts, self.stage.group_size, 0, *self.draw, step, attempt)
 
     @cached_property
     def _order(self) -> PromptOrder:
-        name, seed = self.draw
-        return PromptOrder(list(self.prompts), self.stage.prompts_per_step, seed, name)
+        return PromptOrder(list(self.prompts), self.stage.prompts_per_step, *self.draw)
 
     def _teacher_distributions(self, rollouts: Sequence[Rollout]) -> list[Distributions]:
         """The teacher's distributions at the rollouts' tokens; empty without a teacher."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from headwater.models.oom import BatchBudget, is_out_of_memory
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.teachers.scoring import logp_of
+from headwater.training.groups import split_minibatches
 
 Metrics = dict[str, float]
 
@@ -49,14 +49,8 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     if step < rise:
         return optim.lr * (step + 1) / rise
     progress = (step - rise) / max(1, steps - rise)
-    return (
-        optim.lr
-        * {
-            "constant": 1.0,
-            "linear": 1.0 - progress,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-        }[optim.schedule]
-    )
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return optim.lr * decay[optim.schedule]
 
 
 def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
@@ -83,6 +77,11 @@ def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
     return [1.0 / (len(rows) * stage.sampling.max_tokens)] * len(rows)
 
 
+def needs_old_logp(stage: Stage) -> bool:
+    """Whether a stage updates several times on a sampled batch, so that ratios need the log-probs from before the first update."""
+    return stage.on_policy and stage.passes * stage.minibatches > 1
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -100,8 +99,7 @@ def update(
     fit into memory.
     """
     budget = BatchBudget(tokens)
-    reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
-    if reused and not all(row.zero_gradient for row in rows):
+    if needs_old_logp(stage) and not all(row.zero_gradient for row in rows):
         own = [row for row in rows if row.local and not row.zero_gradient]
         rollouts = [row.rollout for row in own]
         old_logps = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts, policy.memory_settings))
@@ -167,13 +165,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
         if not is_out_of_memory(error):
             raise
         raise TrainingStoppedError("memory ran out in the optimizer's step; take a larger device") from None
-
-
-def split_minibatches(rows: Sequence[Row], parts: int, group_size: int) -> list[list[Row]]:
-    """Split rows into `parts` of nearly equal size without cutting a group of `group_size` rows."""
-    groups = [list(rows[start : start + group_size]) for start in range(0, len(rows), group_size)]
-    cuts = [round(index * len(groups) / parts) for index in range(parts + 1)]
-    return [[row for group in groups[a:b] for row in group] for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tensor, sums: dict[str, float]) -> None:

@@ -35,7 +35,7 @@ from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.run_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
-from headwater.training.moving_copy import moving_copy
+from headwater.training.lagged_copy import lagged_copy
 from headwater.training.update import make_optimizer, update
 from runs import load_json
 from tests.unit.sampling.test_decoder import hidden_states
@@ -174,7 +174,7 @@ def test_copy_of_adapter_follows_on_same_base(qwen3_folder: Path) -> None:
     """A lagged copy: it scores as the policy did when it was copied, whatever the policy trains meanwhile."""
     policy = trained(qwen3_folder)
     follower, rows = policy.following(), sampled_rows(policy, draw=5)
-    copy = moving_copy(policy, follower, StartUpdate(every=2))
+    copy = lagged_copy(policy, follower, StartUpdate(every=2))
     assert follower.model is policy.model
     before, optimizer = scores(policy, rows), make_optimizer(policy, GRPO.optim)
     assert torch.equal(scores(follower, rows), before)

@@ -16,9 +16,9 @@ from headwater.config.compute import Compute
 from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.runs.executors.base import Failure, Job, recorded_progress
 from headwater.runs.executors.local import (
-    LocalExecutor,
     exit_reason,
     least_used,
+    run_in_workers,
     visible_gpus,
     worker_count,
     worker_limit,
@@ -75,14 +75,10 @@ def test_longest_remaining_chain_starts_first_and_parents_before_children(tmp_pa
 def job_of(folder: Path, arms: str, *changes: str, progress_display: ProgressDisplay | None = None) -> Iterator[Job]:
     """The tiny recipe's nodes, none of them done, for an executor."""
     wanted = arms.split(",")
-    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(silent_progress()))
+    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(NodeProgress()))
     with prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, inputs):
         todo = {plan.names[node]: node for node in plan.order()}
         yield Job(plan, inputs, wanted, RunDir(folder), todo, progress_display or silent, lambda: False)
-
-
-def silent_progress() -> NodeProgress:
-    return NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
 
 
 # A worker without models: it says of each node that it is done, or dies of it as many times as the file `deaths` has lines.
@@ -126,9 +122,9 @@ def test_each_worker_sees_one_gpu(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")  # without GPUs for the workers it stays as it is
     shown: list[str] = []
-    display = ProgressDisplay(shown.append, lambda title, number, total: contextlib.nullcontext(silent_progress()))
+    display = ProgressDisplay(shown.append, lambda title, number, total: contextlib.nullcontext(NodeProgress()))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=display) as job:
-        assert LocalExecutor(workers, (sys.executable, "-c", GPU_WORKER), gpus)(job) == {}
+        assert run_in_workers(job, workers, (sys.executable, "-c", GPU_WORKER), gpus) == {}
         assert {(tmp_path / name).read_text() for name in job.todo} == seen
     assert shown == lines
 
@@ -169,11 +165,11 @@ def test_visible_gpus_stay_within_those_set(
 def test_node_of_killed_worker_is_retried_once_then_fails(deaths: int, tmp_path: Path) -> None:
     lines: list[str] = []
     progress_display = ProgressDisplay(
-        lines.append, lambda title, number, total: contextlib.nullcontext(silent_progress())
+        lines.append, lambda title, number, total: contextlib.nullcontext(NodeProgress())
     )
     (tmp_path / "deaths").write_text(str(deaths))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=progress_display) as job:
-        failures = LocalExecutor(2, (sys.executable, "-c", FAKE))(job)
+        failures = run_in_workers(job, 2, (sys.executable, "-c", FAKE))
         warmup = next(name for name in job.todo if name.startswith("warmup"))
         opd = next(name for name in job.todo if name.startswith("opd"))
     begun = (tmp_path / "begun").read_text().split()

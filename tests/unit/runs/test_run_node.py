@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from headwater.config.stage import Stage
 from headwater.losses.batch import Row
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.training.groups import count_uninformative, replace_uninformative
-from headwater.training.guards import NoSignalGuard, StageOutcomes, unchanged_teacher
+from headwater.training.guards import StageOutcomes, no_signal, unchanged_teacher
 from headwater.training.rollouts import CachedRollouts, epoch_order
 from headwater.types import Rollout, Verdict
 
@@ -95,8 +96,11 @@ def silent(step: int, informative: float = 0.0, reward: float = 0.0) -> dict[str
 
 def no_signal_guard(
     folder: Path, stop: bool = True, right: bool = False, steps: int = 10, prompts: str = "all"
-) -> NoSignalGuard:
-    """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels; all verdicts are the same."""
+) -> Callable[..., str | None]:
+    """`no_signal` of rows of metrics, with patience 3 and 40 labels.
+
+    The ledger holds three steps of four groups each, on 12 labels; all verdicts are the same.
+    """
     guards = Guards(no_signal="stop" if stop else "continue", patience=3)
     node = NodeDir(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -110,14 +114,16 @@ def no_signal_guard(
         graded = [{"correct": right, "reason": "different", "finish": "stop"}] * GROUP
         append_jsonl(node.rollouts(step), graded)
     dense = Dense.model_validate({"token_weights": {"prompts": prompts}})
-    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), steps, 40, dense)
+    outcomes = StageOutcomes(node, "stages.teacher_rl", 48)
+    return lambda *rows: no_signal(guards, outcomes, rows, steps, 40, dense)
 
 
 @pytest.mark.parametrize(("prompts", "stops"), [("all", True), ("pass_rate", True), ("all_wrong", False)])
 def test_no_signal_guard_spares_stage_training_wrong_groups(prompts: str, stops: bool, tmp_path: Path) -> None:
     guard = no_signal_guard(tmp_path, prompts=prompts)
-    assert (guard.check(silent(3)) is not None) == stops
-    assert (no_signal_guard(tmp_path, prompts=prompts).catch_up([silent(1), silent(2), silent(3)]) is not None) == stops
+    assert guard() is None
+    assert (guard(silent(3)) is not None) == stops
+    assert (guard(silent(1), silent(2), silent(3)) is not None) == stops
 
 
 @pytest.mark.parametrize(("informative", "grad_norm"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1)])
@@ -147,31 +153,31 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
     tmp_path: Path,
 ) -> None:
     guard = no_signal_guard(tmp_path)
-    assert guard.check(silent(1)) is None and guard.check(silent(2)) is None
-    message = str(guard.check(silent(3)))
+    rows_ = [silent(step) for step in (1, 2, 3)]
+    assert guard(*rows_[:1]) is None and guard(*rows_[:2]) is None
+    message = str(guard(*rows_))
     assert message == (
         "no informative group in 3 steps, so reward gives no gradient: 100 % of the completions were wrong; 12 labels were looked "
         "at, and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model, a lower "
         "stages.teacher_rl.sampling.temperature or a larger stages.teacher_rl.group_size "
         "(or set guards.no_signal=continue to train on all the same)"
     )
-    solved = str(no_signal_guard(tmp_path, right=True).check(silent(3, reward=1.0)))
+    solved = str(no_signal_guard(tmp_path, right=True)(silent(3, reward=1.0)))
     assert "100 % of the completions were right" in solved and "use harder problems" in solved
-    # A resumed stage that had stopped there stops again; with `continue` it goes on.
-    rows_ = [silent(step) for step in (1, 2, 3)]
-    assert no_signal_guard(tmp_path).catch_up(rows_) == message
-    assert no_signal_guard(tmp_path, stop=False).catch_up(rows_) is None
+    # With `continue` it goes on.
+    assert no_signal_guard(tmp_path, stop=False)(*rows_) is None
 
 
 def test_no_signal_guard_leaves_stage_shorter_than_patience(tmp_path: Path) -> None:
-    assert no_signal_guard(tmp_path, steps=2).check(silent(2)) is None
-    assert no_signal_guard(tmp_path, steps=3).check(silent(3)) is not None
+    assert no_signal_guard(tmp_path, steps=2)(silent(2)) is None
+    assert no_signal_guard(tmp_path, steps=3)(silent(3)) is not None
 
 
 def test_no_signal_guard_passes_with_one_informative_group_or_continue(tmp_path: Path) -> None:
     guard = no_signal_guard(tmp_path)
-    assert [guard.check(row) for row in (silent(1), silent(2, informative=0.25), silent(3))] == [None] * 3
-    assert no_signal_guard(tmp_path, stop=False).check(silent(3)) is None
+    rows_ = [silent(1), silent(2, informative=0.25), silent(3)]
+    assert [guard(*rows_[:steps]) for steps in (1, 2, 3)] == [None] * 3
+    assert no_signal_guard(tmp_path, stop=False)(silent(3)) is None
     # A stage that had more patience before, or none of this guard, is judged by all of its steps so far.
-    assert no_signal_guard(tmp_path).check(silent(4)) is not None
-    assert no_signal_guard(tmp_path).check({"step": 3, "loss": 0.0}) is None  # a dense stage looks at no labels
+    assert guard(silent(4)) is not None
+    assert guard({"step": 3, "loss": 0.0}) is None  # a dense stage looks at no labels

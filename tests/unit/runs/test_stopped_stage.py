@@ -74,7 +74,7 @@ class StageRun:
         source = PolicyRollouts(
             policy=policy,
             stage=STAGE,
-            draw=("student_rl", 7),
+            draw=(7, "student_rl"),
             objective=objective_of(STAGE),
             prompts=IDS,
             sampler=TorchSampler(policy, 4),

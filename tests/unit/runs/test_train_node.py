@@ -90,7 +90,7 @@ class Driver:
             train_node,
             rollout_source=lambda *given: self.source,
             run_evals=lambda policy, node, context, when, step: self.evaluated.append(when),
-            update_flops=lambda stage, objective, policy, rows: float(len(rows)),
+            update_flops=lambda stage, policy, rows: float(len(rows)),
         ):
             train_node.train_stage(node, context, self.policy, stage.steps or 0)
         return self

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from headwater.training.early_stopping import plateau
+from headwater.config.stage import Until
+from headwater.training.early_stopping import has_plateau, plateau
 
 
 def rows(metric: str, *values: float | None) -> list[dict[str, float]]:
@@ -50,3 +51,10 @@ def test_plateau_reads_metrics_measured_once_per_window() -> None:
     measured = rows("validation", None, None, 0.5, None, None, 0.5, None, None, 0.4)
     assert plateau(measured, "validation", every=3, patience=2, least=0.0)
     assert not plateau(measured[:6], "validation", every=3, patience=2, least=0.0)
+
+
+def test_stage_ends_only_at_end_of_window() -> None:
+    until = Until(metric="loss", every=2, patience=1, least=0.0)
+    flat = rows("loss", *[1.0] * 5)
+    assert [has_plateau(flat[:steps], until) for steps in range(6)] == [False, False, False, False, True, False]
+    assert not has_plateau(flat[:4], None)

@@ -16,7 +16,7 @@ from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.storage.run_dir import NodeDir, append_jsonl
-from headwater.training.guards import MEASURES, GuardMonitor, Jump, StageOutcomes
+from headwater.training.guards import MEASURES, GuardMonitor, StageOutcomes, Windows, jump
 from headwater.training.update import make_optimizer, update
 from runs import rows
 from tiny import same_bits, sampled_rows, stage_of, weights_of
@@ -93,8 +93,10 @@ def test_each_guard_by_hand(
 
 def test_jump_ignores_odd_steps_and_grows_with_calm_before_it() -> None:
     # Five alike with one odd step: medians 0.1 and 0.1. Then 0.9 for good: 0.8 / 0.05 once three of five steps have it.
-    jump = Jump(5)
-    figures = [jump.add(value) for value in (0.1, 0.1, 9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0, 0.1, 0.1, 0.9, 0.9, 0.9)]
+    windows, figures = Windows(5), []
+    for value in (0.1, 0.1, 9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 9.0, 0.1, 0.1, 0.9, 0.9, 0.9):
+        windows.add(value)
+        figures.append(jump(windows))
     assert figures[:9] == [None] * 9 and figures[9:12] == [0.0, 0.0, 0.0]
     assert figures[12:] == [pytest.approx(0.8 / 0.05)] * 2
 

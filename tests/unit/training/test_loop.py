@@ -17,7 +17,8 @@ from headwater.losses.materialized import Exact
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.update import Metrics, learning_rate, make_optimizer, split_minibatches, token_weights, update
+from headwater.training.groups import split_minibatches
+from headwater.training.update import Metrics, learning_rate, make_optimizer, token_weights, update
 from tiny import (
     copied,
     furthest,

@@ -101,10 +101,13 @@ class Job:
         """Names of a node's parents that are not done."""
         return {self.plan.names[parent] for parent in self.todo[name].parents} & self.todo.keys()
 
-    def show(self, name: str) -> contextlib.AbstractContextManager[NodeProgress]:
-        """Show the progress of a node that starts."""
+    @contextlib.contextmanager
+    def show(self, name: str) -> Iterator[NodeProgress]:
+        """Show the progress of a node that starts; the node stops when the user asks for it."""
         names = [self.plan.names[node] for node in self.plan.order()]
-        return self.progress_display.node(describe(self.todo[name]), names.index(name) + 1, len(names))
+        title, number = describe(self.todo[name]), names.index(name) + 1
+        with self.progress_display.node(title, number, len(names)) as progress:
+            yield replace(progress, should_stop=self.stopped, say=self.progress_display.say)
 
     def fail(self, name: str, failure: Failure) -> None:
         """Write the node's FAILED file, which its next start removes; report it unless the run ends with it anyway."""
@@ -127,7 +130,6 @@ def run_in_process(job: Job) -> dict[str, Failure]:
     for name in job.runnable(failures):
         try:
             with job.show(name) as progress:
-                progress = replace(progress, should_stop=job.stopped, say=job.progress_display.say)
                 start_node(job.todo[name], NodeContext(job.plan, job.inputs, job.out, progress))
         except Exception as error:
             failures[name] = Failure.of(error)

@@ -2,7 +2,7 @@
 
 Workers are started by `subprocess`, so the caller's start method, main module and threads do not matter. Each line of JSON on a
 pipe is a message: {"run": NODE} and {"stop": true} (end at the next step) to a worker, those of `remote` from it. A worker
-ends when its input is closed.
+makes the plan once, runs the nodes that it is sent, and ends when its input is closed.
 """
 
 from __future__ import annotations
@@ -10,32 +10,38 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 
 from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job, run_in_process
-from headwater.runs.executors.remote import RemoteNode
+from headwater.runs.executors.remote import Message, RemoteNode, Worker
 from headwater.runs.executors.schedule import Schedule
 
 LISTEN_SECONDS = 0.2  # delay at most until a requested stop is passed on
 # A worker takes over its parent's import path before it imports headwater.
 BOOT = (
     "import sys, json; setup = json.loads(sys.stdin.buffer.readline()); sys.path[:] = setup['path']; "
-    "from headwater.runs.executors.local_worker import serve; serve(setup)"
+    "from headwater.runs.executors.local import serve; serve(setup)"
 )
 
 
-@dataclass(frozen=True)
-class LocalExecutor:
+def run_in_workers(
+    job: Job,
+    workers: int | None = None,
+    command: Sequence[str] = (sys.executable, "-c", BOOT),
+    gpus: Sequence[str] | None = None,
+) -> dict[str, Failure]:
     """Run nodes in long-lived worker processes, or with one worker in this process.
 
     workers  None for what the recipe, the cores and the plan allow (`worker_count`)
@@ -45,54 +51,50 @@ class LocalExecutor:
     A node whose worker dies is run once more, in a new worker. No worker outlives this process. Raises UserError when a
     worker comes to another plan, for instance because the data changed meanwhile.
     """
+    limit = workers or worker_count(job)
+    if limit == 1:
+        return run_in_process(job)
+    pool: list[_WorkerProcess] = []
+    gpus = visible_gpus(job.inputs.device, os.environ) if gpus is None else gpus
+    if 0 < len(gpus) < limit:
+        job.progress_display.say(f"{limit} workers share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
+    with job.progress_display.together(len(job.plan.order())) as study_progress:
+        schedule = Schedule(job, study_progress)
+        try:
+            while True:
+                for name in schedule.ready() if not job.stopped() else ():
+                    worker = _idle_worker(pool)
+                    if worker is None:
+                        if len(pool) == limit:
+                            break
+                        gpu = least_used(gpus, [other.gpu for other in pool])
+                        worker = _WorkerProcess(command, job.worker_setup(), gpu)
+                        pool.append(worker)
+                    schedule.start(name)
+                    worker.run(RemoteNode(schedule, name))
+                busy = [worker for worker in pool if worker.node is not None]
+                if not busy:
+                    return schedule.failures
+                if job.stopped():
+                    for worker in busy:
+                        worker.request_stop()
+                readable, _, _ = select.select(busy, [], [], LISTEN_SECONDS)
+                for worker in readable:
+                    if not worker.read(schedule):
+                        pool.remove(worker)
+        finally:
+            for worker in pool:
+                worker.kill()
 
-    workers: int | None = None
-    command: Sequence[str] = (sys.executable, "-c", BOOT)
-    gpus: Sequence[str] | None = None
 
-    def __call__(self, job: Job) -> dict[str, Failure]:
-        limit = self.workers or worker_count(job)
-        if limit == 1:
-            return run_in_process(job)
-        pool: list[_WorkerProcess] = []
-        gpus = visible_gpus(job.inputs.device, os.environ) if self.gpus is None else self.gpus
-        if 0 < len(gpus) < limit:
-            job.progress_display.say(f"{limit} workers share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
-        with job.progress_display.together(len(job.plan.order())) as study_progress:
-            schedule = Schedule(job, study_progress)
-            try:
-                while True:
-                    if not job.stopped():
-                        self._assign(schedule, pool, limit, gpus)
-                    busy = [worker for worker in pool if worker.node is not None]
-                    if not busy:
-                        return schedule.failures
-                    if job.stopped():
-                        for worker in busy:
-                            worker.request_stop()
-                    readable, _, _ = select.select(busy, [], [], LISTEN_SECONDS)
-                    for worker in readable:
-                        if not worker.read(schedule):
-                            pool.remove(worker)
-            finally:
-                for worker in pool:
-                    worker.kill()
-
-    def _assign(self, schedule: Schedule, pool: list[_WorkerProcess], limit: int, gpus: Sequence[str]) -> None:
-        """Start ready nodes in idle workers, or in new ones up to the limit."""
-        for name in schedule.ready():
-            idle = next((worker for worker in pool if worker.node is None and worker.alive()), None)
-            if idle is None:
-                for dead in [worker for worker in pool if worker.node is None]:
-                    dead.kill()
-                    pool.remove(dead)
-                if len(pool) == limit:
-                    return
-                gpu = least_used(gpus, [worker.gpu for worker in pool])
-                idle = _WorkerProcess(self.command, schedule.job.worker_setup(), gpu)
-                pool.append(idle)
-            schedule.start(name)
-            idle.run(RemoteNode(schedule, name))
+def _idle_worker(pool: list[_WorkerProcess]) -> _WorkerProcess | None:
+    """A living worker without a node; dead ones leave the pool."""
+    for worker in [worker for worker in pool if worker.node is None]:
+        if worker.alive():
+            return worker
+        worker.kill()
+        pool.remove(worker)
+    return None
 
 
 def worker_count(job: Job) -> int:
@@ -213,3 +215,40 @@ def exit_reason(code: int) -> str:
         return f"ended with code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     return f"was killed by {name}" + (" (too little memory?)" if name == "SIGKILL" else "")
+
+
+# In the worker ---------------------------------------------------------------------------------------------------------
+
+
+def serve(setup: dict[str, Any]) -> NoReturn:
+    """Main function of a worker: run the nodes that the driver sends until it closes the pipe."""
+    sink = os.dup(1)
+    os.dup2(2, 1)  # output of libraries must not mix with the messages
+    inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, inbox, stop), daemon=True).start()
+
+    def send(message: Message) -> None:
+        os.write(sink, json.dumps(message).encode() + b"\n")
+
+    name = ""
+    try:
+        with Worker.prepare(setup) as worker:
+            while True:
+                name = inbox.get()
+                send(worker.run(name, send, stop.is_set))
+    except Exception as error:
+        send({"broken": name, "failure": Failure.of(error).to_json()})
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)  # a normal exit would wait for the thread that reads
+
+
+def _listen(source: BinaryIO, inbox: queue.SimpleQueue[str], stop: threading.Event) -> None:
+    for line in source:
+        message = json.loads(line)
+        if "run" in message:
+            inbox.put(message["run"])
+        else:
+            stop.set()
+    os._exit(0)  # the driver is gone, so this process must not write to the folder any more

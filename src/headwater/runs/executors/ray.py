@@ -50,42 +50,40 @@ class Board:
         return self._stop
 
 
-class RayExecutor:
+def run_on_ray(job: Job) -> dict[str, Failure]:
     """Run nodes on the cluster that RAY_ADDRESS names, or on one started here with `compute.workers` CPUs (all by default).
 
     Raises UserError where Ray is not installed, does not answer, or has no machine with the resources that a node needs.
     """
-
-    def __call__(self, job: Job) -> dict[str, Failure]:
-        with connected(job) as ray, job.progress_display.together(len(job.plan.order())) as study_progress:
-            refuse_impossible(job, ray.cluster_resources())
-            board = start_board(ray)
-            schedule, setup = Schedule(job, study_progress), json.dumps(job.worker_setup())
-            running: dict[Any, RemoteNode] = {}
-            stop_requested = False
-            try:
-                while True:
-                    if not job.stopped():
-                        for name in schedule.ready():
-                            schedule.start(name)
-                            task = task_for(ray, job, job.todo[name])
-                            running[task.remote(setup, name, board)] = RemoteNode(schedule, name)
-                    elif not stop_requested:
-                        stop_requested = True
-                        board.request_stop.remote()
-                    if not running:
-                        return schedule.failures
-                    ended, _ = ray.wait(list(running), timeout=LISTEN_SECONDS)
-                    nodes = {node.name: node for node in running.values()}
-                    for name, message in ray.get(board.drain.remote()):
-                        if name in nodes:
-                            nodes[name].receive(message)
-                    for task in ended:
-                        running.pop(task).receive(result_of(ray, job, task))
-            finally:
-                for task, node in running.items():
-                    ray.cancel(task, force=True)  # the node's state is on disk
-                    node.close(KeyboardInterrupt())
+    with connected(job) as ray, job.progress_display.together(len(job.plan.order())) as study_progress:
+        refuse_impossible(job, ray.cluster_resources())
+        board = start_board(ray)
+        schedule, setup = Schedule(job, study_progress), json.dumps(job.worker_setup())
+        running: dict[Any, RemoteNode] = {}
+        stop_requested = False
+        try:
+            while True:
+                if not job.stopped():
+                    for name in schedule.ready():
+                        schedule.start(name)
+                        task = task_for(ray, job, job.todo[name])
+                        running[task.remote(setup, name, board)] = RemoteNode(schedule, name)
+                elif not stop_requested:
+                    stop_requested = True
+                    board.request_stop.remote()
+                if not running:
+                    return schedule.failures
+                ended, _ = ray.wait(list(running), timeout=LISTEN_SECONDS)
+                nodes = {node.name: node for node in running.values()}
+                for name, message in ray.get(board.drain.remote()):
+                    if name in nodes:
+                        nodes[name].receive(message)
+                for task in ended:
+                    running.pop(task).receive(result_of(ray, job, task))
+        finally:
+            for task, node in running.items():
+                ray.cancel(task, force=True)  # the node's state is on disk
+                node.close(KeyboardInterrupt())
 
 
 def start_board(ray: Any) -> Any:

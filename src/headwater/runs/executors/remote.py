@@ -1,8 +1,8 @@
 """Run a node in another process: messages from the worker, and how the driver shows and records them.
 
-A message is a JSON object. While a node runs: {"begun": NODE}, {"start": [done, total, unit]}, {"advance": count, "metrics": {…}},
-{"warn": sentence}, {"say": line}. At its end: {"done": NODE}, {"stopped": NODE}, {"failed": NODE, "failure": {…}}, or
-{"broken": NODE, "failure": {…}} where the worker could not make the same plan.
+A message is a JSON object. While a node runs: {"begun": NODE}, and the arguments of the functions of `NodeProgress`:
+{"start": [done, total, unit]}, {"advance": [count, metrics]}, {"warn": [sentence]}, {"say": [line]}. At its end: {"done": NODE},
+{"stopped": NODE}, {"failed": NODE, "failure": {…}}, or {"broken": NODE, "failure": {…}} where the worker could not make the same plan.
 """
 
 from __future__ import annotations
@@ -94,13 +94,16 @@ def sending_progress(send: Send, should_stop: Callable[[], bool]) -> tuple[NodeP
     def flush() -> None:
         nonlocal count, metrics, sent
         if count:
-            send({"advance": count, "metrics": metrics})
+            send({"advance": [count, metrics]})
         count, metrics, sent = 0, {}, time.monotonic()
 
     def warn(sentence: str) -> None:
-        send({"warn": sentence})
+        send({"warn": [sentence]})
 
-    return NodeProgress(start, advance, should_stop, warn, lambda line: send({"say": line})), flush
+    def say(line: str) -> None:
+        send({"say": [line]})
+
+    return NodeProgress(start, advance, should_stop, warn, say), flush
 
 
 # In the driver ---------------------------------------------------------------------------------------------------------
@@ -137,18 +140,9 @@ class RemoteNode:
                 raise UserError(failure.sentence)
             self._schedule.mark_failed(self.name, failure)
         elif self._progress is not None:
-            self._show(self._progress, message)
+            for name, arguments in message.items():
+                getattr(self._progress, name)(*arguments)
         return bool(message.keys() & {"done", "stopped", "failure"})
-
-    def _show(self, progress: NodeProgress, message: Message) -> None:
-        if "start" in message:
-            progress.start(*message["start"])
-        elif "advance" in message:
-            progress.advance(message["advance"], message["metrics"])
-        elif "warn" in message:
-            progress.warn(message["warn"])
-        elif "say" in message:
-            self._job.progress_display.say(message["say"])
 
     def close(self, error: BaseException | None) -> None:
         """Close the progress display as if the node had run in this process and had raised `error`."""

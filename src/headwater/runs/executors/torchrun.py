@@ -13,7 +13,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +32,35 @@ from headwater.storage.run_dir import NodeDir, RunDir
 from headwater.types import Verdict
 
 
-@dataclass(frozen=True)
-class TorchrunExecutor:
-    """The executor of rank 0: one node after the other, each on all ranks.
+def run_on_ranks(job: Job, ranks: ProcessGroup) -> dict[str, Failure]:
+    """Run one node after the other, each on all ranks: the executor of rank 0.
 
     Of several nodes it goes on after one that failed on all ranks. Raises LostProcessError when another rank is gone; returns at once
     when only this rank failed, since the others then wait for it in vain.
     """
-
-    ranks: ProcessGroup
-
-    def __call__(self, job: Job) -> dict[str, Failure]:
-        failures: dict[str, Failure] = {}
-        self.ranks.broadcast({"begin": job.worker_setup()})
-        inputs = share_grading(job.inputs, self.ranks.duplicate())
-        for name in job.runnable(failures):
-            self.ranks.broadcast({"run": name})
-            self.ranks.barrier()  # the others have read the node's logs
-            failure = None
-            try:
-                with job.show(name) as progress:
-                    should_stop = stopped_on_any(self.ranks, job.stopped)
-                    progress = replace(progress, should_stop=should_stop, say=job.progress_display.say)
-                    start_node(job.todo[name], NodeContext(job.plan, inputs, job.out, progress, self.ranks))
-            except Exception as error:
-                if is_lost_process(error):
-                    raise LostProcessError from None
-                failure = Failure.of(error)
-                failures[name] = failure
-                job.fail(name, failure)
-            if not self.ranks.same_outcome(name, failure is not None):
-                if failure is None:
-                    raise LostProcessError
-                return failures
-            if failure is not None and job.single:
-                break
-        return failures
+    failures: dict[str, Failure] = {}
+    ranks.broadcast({"begin": job.worker_setup()})
+    inputs = share_grading(job.inputs, ranks.duplicate())
+    for name in job.runnable(failures):
+        ranks.broadcast({"run": name})
+        ranks.barrier()  # the others have read the node's logs
+        try:
+            with job.show(name) as progress:
+                progress = replace(progress, should_stop=stopped_on_any(ranks, job.stopped))
+                start_node(job.todo[name], NodeContext(job.plan, inputs, job.out, progress, ranks))
+        except Exception as error:
+            if is_lost_process(error):
+                raise LostProcessError from None
+            failures[name] = Failure.of(error)
+            job.fail(name, failures[name])
+        failed = name in failures
+        if not ranks.same_outcome(name, failed):
+            if not failed:
+                raise LostProcessError
+            break
+        if failed and job.single:
+            break
+    return failures
 
 
 def stopped_on_any(ranks: ProcessGroup, stopped: Callable[[], bool]) -> Callable[[], bool]:
@@ -76,14 +70,12 @@ def stopped_on_any(ranks: ProcessGroup, stopped: Callable[[], bool]) -> Callable
 
 def share_grading(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
     """The same inputs, with grading split over the ranks and its results gathered on all of them."""
+    return inputs.with_grader(lambda grade: partial(grade_share, ranks, grade))
 
-    def shared(grade: Grade) -> Grade:
-        def grade_share(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-            return [verdict for part in ranks.all_gather(grade(ranks.shard(pairs))) for verdict in part]
 
-        return grade_share
-
-    return inputs.with_grader(shared)
+def grade_share(ranks: ProcessGroup, grade: Grade, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    """Grade this rank's share of the pairs; the verdicts of all."""
+    return [verdict for part in ranks.all_gather(grade(ranks.shard(pairs))) for verdict in part]
 
 
 def run_worker_rank(ranks: ProcessGroup) -> int:
@@ -95,9 +87,7 @@ def run_worker_rank(ranks: ProcessGroup) -> int:
                 return int(message["end"])
             with Worker.prepare(message["begin"]) as worker:
                 inputs = share_grading(worker.inputs, ranks.duplicate())
-                progress = NodeProgress(
-                    lambda done, total, unit: None, lambda count, metrics: None, stopped_on_any(ranks, stopped)
-                )
+                progress = NodeProgress(should_stop=stopped_on_any(ranks, stopped))
                 context = NodeContext(worker.plan, inputs, worker.out, progress, ranks)
                 while "run" in (message := ranks.broadcast(Message())):
                     if not run_on_worker_rank(worker.node(message["run"]), context):
@@ -106,9 +96,9 @@ def run_worker_rank(ranks: ProcessGroup) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        lost = is_lost_process(error)
-        _print_error(ranks, str(LostProcessError()) if lost else Failure.of(error).sentence)
-        return LostProcessError.exit_code if lost else error.exit_code if isinstance(error, HeadwaterError) else 1
+        failure = Failure.of(LostProcessError() if is_lost_process(error) else error)
+        _print_error(ranks, failure.sentence)
+        return failure.code
 
 
 def run_on_worker_rank(node: Node, context: NodeContext) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from headwater.config.dense import StartUpdate
 from headwater.distributed.process_group import SINGLE_PROCESS
-from headwater.training.moving_copy import MovingCopy
+from headwater.training.lagged_copy import LaggedCopy
 
 
 def linear(value: float) -> torch.nn.Linear:
@@ -19,7 +19,7 @@ def linear(value: float) -> torch.nn.Linear:
 
 
 def test_average_moves_by_share_of_policy() -> None:
-    copy = MovingCopy(linear(1.0), (torch.tensor([[2.0]]),), StartUpdate(decay=0.9))
+    copy = LaggedCopy(linear(1.0), (torch.tensor([[2.0]]),), StartUpdate(decay=0.9))
     copy.follow(1)
     assert copy.model.weight.item() == pytest.approx(1.1)
     copy.follow(2)
@@ -28,7 +28,7 @@ def test_average_moves_by_share_of_policy() -> None:
 
 def test_lagged_copy_changes_every_so_many_steps() -> None:
     weight = torch.zeros(1, 1)
-    copy = MovingCopy(linear(0.0), (weight,), StartUpdate(every=3))
+    copy = LaggedCopy(linear(0.0), (weight,), StartUpdate(every=3))
     seen = []
     for step in range(1, 7):
         weight.fill_(float(step))
@@ -38,7 +38,7 @@ def test_lagged_copy_changes_every_so_many_steps() -> None:
 
 
 def test_copy_is_saved_and_loaded(tmp_path: Path) -> None:
-    MovingCopy(linear(5.0), (), StartUpdate(every=1)).save(tmp_path, SINGLE_PROCESS)
-    other = MovingCopy(linear(0.0), (), StartUpdate(every=1))
+    LaggedCopy(linear(5.0), (), StartUpdate(every=1)).save(tmp_path, SINGLE_PROCESS)
+    other = LaggedCopy(linear(0.0), (), StartUpdate(every=1))
     other.load(tmp_path, SINGLE_PROCESS)
     assert other.model.weight.item() == 5.0

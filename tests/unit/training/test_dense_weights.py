@@ -18,7 +18,7 @@ from headwater.losses.token_stats import TokenInputs
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import hidden_of
-from headwater.training.token_weights import mean_of_one, prompt_weight, soft_or, with_dense_weights
+from headwater.training.dense_weights import mean_of_one, prompt_weight, soft_or, with_dense_weights
 from headwater.types import Verdict
 from tiny import furthest, gradient_of, rollout_of, same_bits, sampled_rows, stage_of, taught
 

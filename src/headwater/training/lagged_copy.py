@@ -21,7 +21,7 @@ FILE, SHARDS = "start-copy.safetensors", "start-copy"
 
 
 @dataclass(frozen=True)
-class MovingCopy:
+class LaggedCopy:
     """Weights that follow those of the policy. A checkpoint holds them too. With several ranks each holds its shards.
 
     model     holds the copies: a model of the policy's architecture, or the values of an adapter
@@ -61,12 +61,12 @@ class MovingCopy:
         return {names[0]: tensor.detach() for tensor, names in checkpoint_io.tensors_with_names(self.model)}
 
 
-def moving_copy(policy: Policy, reference: Policy, settings: StartUpdate) -> MovingCopy:
+def lagged_copy(policy: Policy, reference: Policy, settings: StartUpdate) -> LaggedCopy:
     """The weights in which a reference differs from the policy: all, or those of its adapter.
 
     An average of adapters averages the two matrices of each pair, and not their product.
     """
     if policy.adapter is None:
-        return MovingCopy(reference.model, tuple(policy.model.parameters()), settings)
+        return LaggedCopy(reference.model, tuple(policy.model.parameters()), settings)
     assert isinstance(reference.body, ReferenceBody) and reference.body.values is not None
-    return MovingCopy(reference.body.values, tuple(policy.adapter.matrices()), settings)
+    return LaggedCopy(reference.body.values, tuple(policy.adapter.matrices()), settings)
