@@ -1,4 +1,4 @@
-"""Commands that check before training: doctor, probe, validate and grade."""
+"""Commands before training: explain, doctor, probe, grade and validate."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ from headwater.config.builtin import builtin_names
 from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError, printable
 
 commands = typer.Typer()
+
+
+@commands.command(
+    epilog=examples(
+        "headwater explain stages.opd.optim.lr",
+        "headwater explain stages.opd",
+        "headwater explain --schema > recipe.schema.json",
+    )
+)
+def explain(
+    field: Annotated[
+        str, typer.Argument(metavar="FIELD", help="A field or section of the recipe; all sections without it.")
+    ] = "",
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema of recipes, for editors.")] = False,
+) -> None:
+    """Explain a field of the recipe: type, default, unit and meaning; of a section every field."""
+    from headwater.config import reference
+    from headwater.report.format import console
+
+    if schema:
+        print(json.dumps(reference.json_schema(), indent=2, ensure_ascii=False))
+    else:
+        print(reference.explain(field, min(100, console().width)))
 
 
 @commands.command(epilog=examples("headwater doctor my.yaml", "headwater doctor my.yaml --arms all --json"))

@@ -19,7 +19,7 @@ from headwater.config.arms import ARMS, DEFAULT_ARM, STUDIES
 from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError, printable
 from headwater.printing import PrintableStream
-from headwater.runs.hardware import DEVICES
+from headwater.runs import hardware
 
 if TYPE_CHECKING:
     from headwater.runs.display import ProgressDisplay
@@ -178,24 +178,21 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     Example: `def run(recipe: RecipeName, options: RunOptions)` becomes a command with the options `--out`, `--set`, …
     """
-    groups: dict[str, Any] = {}
-    own: list[inspect.Parameter] = []
-    expanded: list[inspect.Parameter] = []
     hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        if is_dataclass(hints[name]):
-            groups[name] = hints[name]
-            types = get_type_hints(hints[name], include_extras=True)
-            expanded += [
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
-                )
-                for field in fields(hints[name])
-            ]
-        else:
-            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
-
-    parameters = [*own, *expanded]
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name not in groups
+    ]
+    for group in groups.values():
+        types = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+            )
+            for field in fields(group)
+        ]
 
     @functools.wraps(command)
     def run_command(**values: Any) -> None:
@@ -228,6 +225,10 @@ class DryRunOptions:
     count: int
     mean_tokens: float | None
 
+    @property
+    def datasheet(self) -> hardware.Device | None:
+        return None if self.device is None else hardware.DEVICES[self.device]
+
 
 def dry_run_options(dry_run: bool, on: str | None, mean_tokens: float | None) -> DryRunOptions | None:
     """None without --dry-run. Raises UserError for --on or --mean-tokens without it, and for an unknown device."""
@@ -238,8 +239,15 @@ def dry_run_options(dry_run: bool, on: str | None, mean_tokens: float | None) ->
     if on is None:
         return DryRunOptions(None, 1, mean_tokens)
     count, times, name = on.lower().partition("x") if on[:1].isdigit() else ("1", "", on.lower())
-    if name not in DEVICES or not count.isdigit() or not 1 <= int(count) <= 100_000 or (on[:1].isdigit() and not times):
-        raise UserError(f"--on {on}: unknown device; there are {', '.join(DEVICES)}, and 8xh100 means eight of one")
+    if (
+        name not in hardware.DEVICES
+        or not count.isdigit()
+        or not 1 <= int(count) <= 100_000
+        or (on[:1].isdigit() and not times)
+    ):
+        raise UserError(
+            f"--on {on}: unknown device; there are {', '.join(hardware.DEVICES)}, and 8xh100 means eight of one"
+        )
     return DryRunOptions(name, int(count), mean_tokens)
 
 

@@ -33,16 +33,15 @@ def report(
     from headwater.report import build, side_by_side
     from headwater.report.serve import serve as serve_report
 
+    folder = out or dirs[0]
     if audit:
         _audit(dirs, json_)
     elif serve:
         serve_report(dirs, port, lambda address: print(f"report: {address} (Ctrl-C ends it)", flush=True))
-    elif not side_by_side.of_one_recipe(dirs):
-        folder = out or dirs[0]
-        print_comparison(side_by_side.write(folder, dirs), folder, json_)
-    else:
-        folder = out or dirs[0]
+    elif side_by_side.of_one_recipe(dirs):
         print_report(build.write(folder, dirs), folder, json_)
+    else:
+        print_comparison(side_by_side.write(folder, dirs), folder, json_)
 
 
 def _audit(dirs: list[Path], as_json: bool) -> None:

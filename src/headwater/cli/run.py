@@ -21,6 +21,7 @@ from headwater.cli.options import (
     Out,
     RecipeName,
     RunOptions,
+    Seed,
     Seeds,
     Workers,
     dry_run_options,
@@ -55,7 +56,7 @@ def run(
     options: RunOptions,
     execution: ExecutionOptions,
     arm: ArmName = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
+    seed: Seed = None,
 ) -> None:
     """Run one arm, by default bridge: GRPO on the teacher with all labels, then warm-up and OPD of the student."""
     run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
@@ -226,15 +227,15 @@ def execute(
 
 
 @contextlib.contextmanager
-def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Callable[[], Executor], int]]:
-    """Yield a function that makes the executor, and the number of processes that run each node together.
+def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Callable[[], Executor | None], int]]:
+    """Yield a function that makes the executor (None: that of `pipeline.run`), and the number of processes that share each node.
 
     Under torchrun, ranks > 0 work here until rank 0 is done, and exit.
     """
     if name not in ("local", "ray"):
         raise UserError(f"--executor {name}: unknown executor; choose local or ray")
     if not launched_by_torchrun():
-        yield partial(_executor, name), 1
+        yield (_ray_executor if name == "ray" else lambda: None), 1
         return
     if name != "local":
         raise UserError(f"--executor {name}: torchrun has already started the processes; use one of the two")
@@ -250,11 +251,7 @@ def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Cal
         yield lambda: TorchrunExecutor(ranks), ranks.size
 
 
-def _executor(name: str) -> Executor:
-    if name == "ray":
-        from headwater.runs.executors.ray import RayExecutor
+def _ray_executor() -> Executor:
+    from headwater.runs.executors.ray import RayExecutor
 
-        return RayExecutor()
-    from headwater.runs.executors.local import LocalExecutor
-
-    return LocalExecutor()
+    return RayExecutor()

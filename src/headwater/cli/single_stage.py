@@ -18,6 +18,7 @@ from headwater.cli.options import (
     RunOptions,
     Seed,
     TaskName,
+    dry_run_options,
     examples,
     say_loading,
     with_options,
@@ -113,7 +114,8 @@ def run_stage(
         if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
             from headwater.doctor.fit import fitted_stage
 
-            device = (execution.on or "").lower().lstrip("0123456789").removeprefix("x") or recipe.compute.device
+            assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
+            device = (assumptions and assumptions.device) or recipe.compute.device
             with display.task("fitting the stage to models, data and device"):
                 values, place = fitted_stage(read_with, device)
             own = [field for field in values if not any(change.startswith(field) for change in options.changes)]
