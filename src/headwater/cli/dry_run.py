@@ -17,7 +17,7 @@ from headwater.doctor.fit import device_here
 from headwater.models.shape import Shape
 from headwater.report.format import console, duration, units
 from headwater.runs.estimate import Assumptions, estimates, model_shapes
-from headwater.runs.hardware import BANDWIDTH_SHARE, UTILISATION, Device
+from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_estimate import Estimate, total_seconds
 from headwater.runs.plan import make_plan
@@ -33,7 +33,7 @@ def print_dry_run(
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             preflight(plan, inputs)
-    device = options.datasheet
+    device = None if options.device is None else DEVICES[options.device]
     nodes = estimates(
         plan, inputs, Assumptions(options.mean_tokens, options.count, None if device is None else device.memory)
     )
@@ -58,9 +58,10 @@ def print_dry_run(
 
 def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     """The estimate as JSON, with hours where a device is named."""
-    device, row = options.datasheet, estimate.row()
-    if device is None:
+    row = estimate.row()
+    if options.device is None:
         return row
+    device = DEVICES[options.device]
     seconds = estimate.seconds(device, options.count)
     times = {"hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
     return {**row, **times, "scoring_share_of_hours": estimate.scoring_share(device)}
@@ -123,18 +124,13 @@ def name_of(node: Estimate) -> str:
     return node.name.rsplit(".", 1)[0]
 
 
-PARTS = {
-    "weights": "weights", "optimizer": "optimizer", "frozen": "teachers", "sampler": "sampler", "kv_cache": "cache",
-    "gathered": "gathered", "activations": "activations",
-}  # fmt: skip
-"""Parts of a device's memory, and their columns."""
+PARTS = ("weights", "optimizer", "teachers", "sampler", "cache", "gathered", "activations")
+"""Columns of the parts of a device's memory, in the order of `DeviceMemory.row`."""
 
 
 def memory_table(nodes: Sequence[Estimate], title: str) -> Table:
     """What each node holds on one device, by part; nodes that hold the same are one row."""
-    table = Table(
-        Column("node", no_wrap=True), *PARTS.values(), "peak", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(Column("node", no_wrap=True), *PARTS, "peak", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names: dict[tuple[str, ...], list[str]] = {}
     for node in nodes:
         cells = (*(units(value, "B") if value else "" for value in node.memory.row().values()), units(node.peak, "B"))

@@ -19,7 +19,7 @@ from headwater.config.arms import ARMS, DEFAULT_ARM, STUDIES
 from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError, printable
 from headwater.printing import PrintableStream
-from headwater.runs import hardware
+from headwater.runs.hardware import DEVICES
 
 if TYPE_CHECKING:
     from headwater.runs.display import ProgressDisplay
@@ -225,10 +225,6 @@ class DryRunOptions:
     count: int
     mean_tokens: float | None
 
-    @property
-    def datasheet(self) -> hardware.Device | None:
-        return None if self.device is None else hardware.DEVICES[self.device]
-
 
 def dry_run_options(dry_run: bool, on: str | None, mean_tokens: float | None) -> DryRunOptions | None:
     """None without --dry-run. Raises UserError for --on or --mean-tokens without it, and for an unknown device."""
@@ -239,15 +235,8 @@ def dry_run_options(dry_run: bool, on: str | None, mean_tokens: float | None) ->
     if on is None:
         return DryRunOptions(None, 1, mean_tokens)
     count, times, name = on.lower().partition("x") if on[:1].isdigit() else ("1", "", on.lower())
-    if (
-        name not in hardware.DEVICES
-        or not count.isdigit()
-        or not 1 <= int(count) <= 100_000
-        or (on[:1].isdigit() and not times)
-    ):
-        raise UserError(
-            f"--on {on}: unknown device; there are {', '.join(hardware.DEVICES)}, and 8xh100 means eight of one"
-        )
+    if name not in DEVICES or not count.isdigit() or not 1 <= int(count) <= 100_000 or (on[:1].isdigit() and not times):
+        raise UserError(f"--on {on}: unknown device; there are {', '.join(DEVICES)}, and 8xh100 means eight of one")
     return DryRunOptions(name, int(count), mean_tokens)
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,22 +132,18 @@ def recorded_values(folder: Path) -> dict[str, Any] | None:
         return None
     with refuse_malformed_files(folder):
         recipe = read_json(path)
-        fields = {
+        sections = {
             "models": ("dtype", "gradient_checkpointing", "lora"),
             "compute": ("microbatch_tokens", "sample_batch"),
             "evaluate": ("sampling",),
-            **{
-                f"stages.{name}": ("batch_size", "sampling", "optim")
-                for name, stage in recipe["stages"].items()
-                if stage
-            },
         }
-        return {
-            f"{section}.{name}": value
-            for section, names in fields.items()
-            for name in names
-            if (value := reduce(dict.__getitem__, section.split("."), recipe).get(name)) is not None
+        values = {
+            f"{section}.{name}": recipe[section].get(name) for section, names in sections.items() for name in names
         }
+        for stage, settings in recipe["stages"].items():
+            if settings:
+                values |= {f"stages.{stage}.{name}": settings.get(name) for name in ("batch_size", "sampling", "optim")}
+        return {field: value for field, value in values.items() if value is not None}
 
 
 def names_hub_model(recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ plants the fault.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -203,12 +204,11 @@ def diagnose(
     recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path, tell: Tell = _tell_nobody
 ) -> Examination:
     """Check all of a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
-    with RunInputs(recipe, need_answers=False, day=prompt_day(RunDir(out))) as inputs:
-        context = DoctorContext(inputs, tuple(arms), tuple(seeds), out)
-        try:
-            return examine(context, tell=tell)
-        finally:
-            context.close()
+    with (
+        RunInputs(recipe, need_answers=False, day=prompt_day(RunDir(out))) as inputs,
+        closing(DoctorContext(inputs, tuple(arms), tuple(seeds), out)) as context,
+    ):
+        return examine(context, tell=tell)
 
 
 def _refuse_user_errors(context: DoctorContext, checks: Sequence[Check]) -> list[Finding]:
@@ -244,14 +244,11 @@ def preflight(
 
     Raises UserError for a mistake in the recipe or its data, RefusedError with the name, evidence and remedy of other errors.
     """
-    context = DoctorContext.of(plan, inputs, out or Path())
-    try:
+    with closing(DoctorContext.of(plan, inputs, out or Path())) as context:
         _say_warnings(_refuse_user_errors(context, checks), say)
         if out is None or not context.pending:
             return
         examination = examine(context, [check for check in checks if check.exit_code == 3], tell)
-    finally:
-        context.close()
     _say_warnings(examination.findings, say)
     if examination.errors:
         errors = "\n".join(finding.text() for finding in examination.errors)

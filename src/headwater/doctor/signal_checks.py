@@ -52,7 +52,7 @@ def distillation_first(context: DoctorContext) -> Iterator[Finding]:
     if labels and stages:
         yield note(
             "teacher-not-trained",
-            f"{_steps(context, stages)} distil models.teacher as it is; {labels} labels could train it first",
+            f"{stages} distil models.teacher as it is; {labels} labels could train it first",
             "nothing if it solves these problems much better than the student (`headwater probe` measures both and advises); else "
             "--arm bridge",
         )
@@ -112,7 +112,7 @@ def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:
         if stages:
             yield warning(
                 "teacher-is-student",
-                f"{evidence}, and {_steps(context, stages)} distil it as it is: they would change nothing",
+                f"{evidence}, and {stages} distil it as it is: they would change nothing",
                 "name a stronger teacher, or train the student on the labels (--arm direct_grpo)",
             )
         else:
@@ -137,12 +137,10 @@ def own_start(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
-def untrained_distillations(context: DoctorContext) -> list[Node]:
-    """Stages of the student that distil a base teacher."""
-    return [node for node, _ in context.training if supervisor(node) == "teacher"]
+def untrained_distillations(context: DoctorContext) -> str:
+    """The student's stages that distil a base teacher, with their steps; empty without any.
 
-
-def _steps(context: DoctorContext, stages: list[Node]) -> str:
-    """Example: `warmup (40 steps) and opd (80 steps)`."""
-    steps = {node.stage: context.steps(node) for node in stages}
+    Example: `warmup (40 steps) and opd (80 steps)`.
+    """
+    steps = {node.stage: context.steps(node) for node, _ in context.training if supervisor(node) == "teacher"}
     return " and ".join(f"{stage} ({count} step{'s' if count != 1 else ''})" for stage, count in steps.items())
