@@ -81,7 +81,7 @@ def study(
 @commands.command(epilog=examples("headwater demo --out runs/demo"))
 def demo(
     out: Out = None,
-    seed: Annotated[int, typer.Option("--seed", help="Training seed.")] = 0,
+    seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
     workers: Workers = None,
     json_: Json = False,
 ) -> None:
@@ -100,12 +100,11 @@ def demo(
 def sweep(
     recipe: RecipeName,
     vary: Annotated[
-        str, typer.Option("--vary", metavar="WHAT", help="labels, teacher, lambda, or a field: stages.opd.optim.lr.")
+        str, typer.Option(metavar="WHAT", help="labels, teacher, lambda, or a field: stages.opd.optim.lr.")
     ],
     options: RunOptions,
     values: Annotated[
-        str | None,
-        typer.Option("--values", help="Its values, separated by commas; the three named ones have defaults."),
+        str | None, typer.Option(help="Its values, separated by commas; the three named ones have defaults.")
     ] = None,
     arms: Arms = None,
     seeds: Seeds = None,

@@ -45,7 +45,7 @@ commands = typer.Typer()
 def distill(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Model to train: a folder or a hub id.")],
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a hub id, or http://HOST:PORT/v1.")],
-    prompts: Annotated[str, typer.Option("--prompts", help="File, folder or hub id of prompts; no answers needed.")],
+    prompts: Annotated[str, typer.Option(help="File, folder or hub id of prompts; no answers needed.")],
     options: RunOptions,
     execution: ExecutionOptions,
     evals: Evals = None,
@@ -74,7 +74,7 @@ def distill(
 @with_options
 def grpo(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: a folder or a hub id.")],
-    data: Annotated[str, typer.Option("--data", help="File, folder or hub id of problems with answers.")],
+    data: Annotated[str, typer.Option(help="File, folder or hub id of problems with answers.")],
     options: RunOptions,
     execution: ExecutionOptions,
     evals: Evals = None,
