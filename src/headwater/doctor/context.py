@@ -202,23 +202,19 @@ class DoctorContext:
         return model_shapes(self.inputs)
 
     @property
-    @read_once("plan")
     def prompt_lengths(self) -> list[tuple[int, Problem]]:
-        """(tokens, problem) under the student's template, longest first."""
-        prompter = self.prompter("student")
-        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
-        return sorted(lengths, key=lambda pair: -pair[0])
+        return self.lengths_of("student")
 
     @read_once("plan")
     def lengths_of(self, role: str) -> list[tuple[int, Problem]]:
-        """As `prompt_lengths`, under the template and words of a role, with its privileged contexts."""
-        if role == "student" or (role not in self.aligned_roles and self.recipe.prompt.teacher is None):
+        """(tokens, problem) under the template and words of a role, with its privileged contexts; longest first."""
+        if role != "student" and role not in self.aligned_roles and self.recipe.prompt.teacher is None:
             return self.prompt_lengths
-        prompter, contexts, prompt = self.prompter(role), self.inputs.contexts, self.recipe.prompt
-        readers = (
-            (with_context(prompter, prompt, contexts.get(problem.id)), problem) for problem in self.inputs.all_problems
-        )
-        return sorted(((len(reader.ids(problem)), problem) for reader, problem in readers), key=lambda pair: -pair[0])
+        contexts = {} if role == "student" else self.inputs.contexts
+        prompter, prompt, problems = self.prompter(role), self.recipe.prompt, self.inputs.all_problems
+        readers = (with_context(prompter, prompt, contexts.get(problem.id)) for problem in problems)
+        lengths = [(len(reader.ids(problem)), problem) for reader, problem in zip(readers, problems, strict=True)]
+        return sorted(lengths, key=lambda pair: -pair[0])
 
     @property
     @read_once("plan")

@@ -22,11 +22,6 @@ class Evidence:
     recipe: str
     needs_prompts: bool
 
-    @property
-    def is_gain(self) -> bool:
-        """Whether the interval is above zero."""
-        return self.low > 0.0
-
     def sentence(self) -> str:
         """Example: `+9.0 points [+8.0, +10.0] over bridge at equal labels and FLOPs, on 5 seeds of pocket`."""
         return (
@@ -59,6 +54,6 @@ def best_evidence(spare_prompts: int) -> Evidence | None:
     usable = [
         row
         for row in MEASURED
-        if row.is_gain and row.arm not in losing and (spare_prompts > 0 or not row.needs_prompts)
+        if row.low > 0.0 and row.arm not in losing and (spare_prompts > 0 or not row.needs_prompts)
     ]
     return max(usable, key=lambda row: row.low, default=None)
