@@ -40,7 +40,7 @@ from headwater.errors import FailedError, UserError, printable
 if TYPE_CHECKING:
     from headwater.config.recipe import Recipe
     from headwater.runs.display import ProgressDisplay
-    from headwater.runs.executors.base import Executor
+    from headwater.runs.executors.base import Executor, Failure, Job
 
 commands = typer.Typer()
 
@@ -174,7 +174,7 @@ def execute(
 
     display = progress_display(quiet=options.json_)
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
-    with _executor_factory(execution.executor, display) as (make_executor, processes):
+    with _executor(execution.executor, display) as (executor, processes):
         recipe = read()
         folder = options.out or Path("runs") / recipe.name
         if arms is None:
@@ -210,7 +210,7 @@ def execute(
                     folder,
                     tracking_display,
                     reuse=options.reuse or [],
-                    executor=make_executor(),
+                    executor=executor,
                     processes=processes,
                 )
         except FailedError:
@@ -226,15 +226,15 @@ def execute(
 
 
 @contextlib.contextmanager
-def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Callable[[], Executor | None], int]]:
-    """Yield a function that makes the executor (None: that of `pipeline.run`), and the number of processes that share each node.
+def _executor(name: str, display: ProgressDisplay) -> Iterator[tuple[Executor | None, int]]:
+    """Yield the executor (None: that of `pipeline.run`), and the number of processes that run each node together.
 
     Under torchrun, ranks > 0 work here until rank 0 is done, and exit.
     """
     if name not in ("local", "ray"):
         raise UserError(f"--executor {name}: unknown executor; choose local or ray")
     if not launched_by_torchrun():
-        yield (_ray_executor if name == "ray" else lambda: None), 1
+        yield (_run_on_ray if name == "ray" else None), 1
         return
     if name != "local":
         raise UserError(f"--executor {name}: torchrun has already started the processes; use one of the two")
@@ -247,10 +247,10 @@ def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Cal
     if not ranks.is_main:
         sys.exit(run_worker_rank(ranks))
     with broadcast_exit_code(ranks):
-        yield lambda: TorchrunExecutor(ranks), ranks.size
+        yield TorchrunExecutor(ranks), ranks.size
 
 
-def _ray_executor() -> Executor:
+def _run_on_ray(job: Job) -> dict[str, Failure]:
     from headwater.runs.executors.ray import RayExecutor
 
-    return RayExecutor()
+    return RayExecutor()(job)

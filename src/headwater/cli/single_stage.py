@@ -110,9 +110,11 @@ def run_stage(
         recipe, display = read_with({}), progress_display(quiet=options.json_)
         say_loading(f"checking recipe {recipe.name}", display)
         values = recorded_values(options.out or Path("runs") / recipe.name)
-        if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
-            from headwater.doctor.fit import fitted_stage
+        from headwater.doctor.fit import fitted_stage
+        from headwater.runs.inputs import RunInputs
 
+        # A dry run fetches no model.
+        if values is None and not (options.dry_run and RunInputs.for_estimate(recipe).missing):
             assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
             device = (assumptions and assumptions.device) or recipe.compute.device
             with display.task("fitting the stage to models, data and device"):
@@ -144,14 +146,6 @@ def recorded_values(folder: Path) -> dict[str, Any] | None:
             if settings:
                 values |= {f"stages.{stage}.{name}": settings.get(name) for name in ("batch_size", "sampling", "optim")}
         return {field: value for field, value in values.items() if value is not None}
-
-
-def names_hub_model(recipe: Recipe) -> bool:
-    from headwater.models.folder import ModelFolder
-    from headwater.teachers.server_client import is_served
-
-    named = {**recipe.models.named("student"), **recipe.models.named("teacher")}
-    return not all(is_served(name) or ModelFolder.open(name, field).is_local for field, name in named.items())
 
 
 def evaluated(raw: dict[str, Any], evals: str | None, task: str) -> dict[str, Any]:
