@@ -50,13 +50,14 @@ def adapters(context: DoctorContext) -> Iterator[Finding]:
             continue
         everything = lora.targets == "all-linear"
         partial = covered.share < MIN_SHARE if everything else any("expert" in name for name in covered.others)
-        remedy = "nothing, if that is intended; otherwise set models.lora.targets to "
+        targets = (
+            "the layers that should train, or train all weights" if everything else "all-linear, or name these too"
+        )
         yield Finding(
             "adapters-cover-part",
             "warning" if partial else "note",
             f"models.{role}: adapters cover {covered.share:.0%} of the layers' weights; not adapted: {few(list(covered.others))}",
-            remedy
-            + ("the layers that should train, or train all weights" if everything else "all-linear, or name these too"),
+            f"nothing, if that is intended; otherwise set models.lora.targets to {targets}",
         )
 
 
