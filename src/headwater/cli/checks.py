@@ -1,4 +1,4 @@
-"""Commands that check before training: doctor, probe, validate and grade."""
+"""Commands before training: explain, doctor, probe, grade and validate."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ from headwater.config.builtin import builtin_names
 from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError, printable
 
 commands = typer.Typer()
+
+
+@commands.command(
+    epilog=examples(
+        "headwater explain stages.opd.optim.lr",
+        "headwater explain stages.opd",
+        "headwater explain --schema > recipe.schema.json",
+    )
+)
+def explain(
+    field: Annotated[
+        str, typer.Argument(metavar="FIELD", help="A field or section of the recipe; all sections without it.")
+    ] = "",
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema of recipes, for editors.")] = False,
+) -> None:
+    """Explain a field of the recipe: type, default, unit and meaning; of a section every field."""
+    from headwater.config import reference
+    from headwater.report.format import console
+
+    if schema:
+        print(json.dumps(reference.json_schema(), indent=2, ensure_ascii=False))
+    else:
+        print(reference.explain(field, min(100, console().width)))
 
 
 @commands.command(epilog=examples("headwater doctor my.yaml", "headwater doctor my.yaml --arms all --json"))
@@ -71,16 +94,14 @@ def doctor(
 )
 def probe(
     recipe: RecipeName,
-    problems: Annotated[
-        int | None, typer.Option("--problems", min=2, help="Labelled problems to sample; 128 by default.")
-    ] = None,
+    problems: Annotated[int | None, typer.Option(min=2, help="Labelled problems to sample; 128 by default.")] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=2, help="Completions per problem; 8 or the group size by default.")
+        int | None, typer.Option(min=2, help="Completions per problem; 8 or the group size by default.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Directory of the later run: stores the result and the label checks.")
+        Path | None, typer.Option(help="Directory of the later run: stores the result and the label checks.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampled problems and of every draw.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampled problems and of every draw.")] = None,
     set_: Set = None,
     device: Device = None,
     json_: Json = False,
@@ -106,10 +127,10 @@ def probe(
 
 @commands.command(epilog=examples("headwater grade --data completions.jsonl --task maths"))
 def grade(
-    data: Annotated[Path, typer.Option("--data", help='File of {"id","gold","completion"} rows.')],
+    data: Annotated[Path, typer.Option(help='File of {"id","gold","completion"} rows.')],
     task: TaskName = "maths",
-    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Wall-clock limit per completion.")] = 2.0,
-    workers: Annotated[int, typer.Option("--workers", min=1)] = 2,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Wall-clock limit per completion.")] = 2.0,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Grade completions: one JSON line out for each row in, in order."""
     from headwater.data.validate import grade_file
@@ -126,8 +147,8 @@ def grade(
 def validate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, a `datasets` folder or a hub id.")],
     task: TaskName = "maths",
-    problem_column: ProblemColumn = None,
-    answer_column: AnswerColumn = None,
+    problem: ProblemColumn = None,
+    answer: AnswerColumn = None,
     json_: Json = False,
 ) -> None:
     """Grade every label (checked answer) with its own grader and list those that fail. Exit 3 if any does or there is none."""
@@ -141,7 +162,7 @@ def validate(
     from headwater.tasks import sandbox
 
     progress_display(quiet=json_).say(f"grading the labels of {data} …")
-    columns = Columns(problem=problem_column, answer=answer_column)
+    columns = Columns(problem=problem, answer=answer)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)

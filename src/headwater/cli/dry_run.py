@@ -58,12 +58,13 @@ def print_dry_run(
 
 def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     """The estimate as JSON, with hours where a device is named."""
+    row = estimate.row()
     if options.device is None:
-        return estimate.row()
-    seconds = estimate.seconds(DEVICES[options.device], options.count)
-    share = estimate.scoring_share(DEVICES[options.device])
+        return row
+    device = DEVICES[options.device]
+    seconds = estimate.seconds(device, options.count)
     times = {"hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
-    return {**estimate.row(), **times, "scoring_share_of_hours": share}
+    return {**row, **times, "scoring_share_of_hours": estimate.scoring_share(device)}
 
 
 def cost_table(
@@ -79,16 +80,14 @@ def cost_table(
     """
     bound = options.mean_tokens is None
     at_most = " ≤" if bound and arms_of is None else ""
-    columns = ["labels", "steps", f"tokens{at_most}", f"scored{at_most}", f"FLOPs{at_most}", "weights", "peak"]
+    names = ["node", "labels", "steps", f"tokens{at_most}", f"scored{at_most}", f"FLOPs{at_most}", "weights", "peak"]
     if device is not None:
-        columns.append("time here" if options.device is None else "GPU-hours")
-    title, padding = "what would run", 1
+        names.append("time here" if options.device is None else "GPU-hours")
+    columns, title = [Column(name, no_wrap=True) for name in names], "what would run"
     if arms_of is not None:
-        title, padding = "what would run; tokens, scored and FLOPs are at most" if bound else title, 0
-    headings = [Column(name, no_wrap=True) for name in ("node", *columns)]
-    if arms_of is not None:
-        headings.append(Column("arms", overflow="ellipsis"))
-    table = Table(*headings, title=title, box=SIMPLE_HEAD, padding=(0, padding, 0, 0))
+        columns.append(Column("arms", overflow="ellipsis"))
+        title += "; tokens, scored and FLOPs are at most" if bound else ""
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, padding=(0, 1 if arms_of is None else 0, 0, 0))
     for node in nodes:
         cells = [
             name_of(node), str(node.labels), str(node.steps), units(node.tokens_sampled),
@@ -125,18 +124,13 @@ def name_of(node: Estimate) -> str:
     return node.name.rsplit(".", 1)[0]
 
 
-PARTS = {
-    "weights": "weights", "optimizer": "optimizer", "frozen": "teachers", "sampler": "sampler", "kv_cache": "cache",
-    "gathered": "gathered", "activations": "activations",
-}  # fmt: skip
-"""Parts of a device's memory, and their columns."""
+PARTS = ("weights", "optimizer", "teachers", "sampler", "cache", "gathered", "activations")
+"""Columns of the parts of a device's memory, in the order of `DeviceMemory.row`."""
 
 
 def memory_table(nodes: Sequence[Estimate], title: str) -> Table:
     """What each node holds on one device, by part; nodes that hold the same are one row."""
-    table = Table(
-        Column("node", no_wrap=True), *PARTS.values(), "peak", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(Column("node", no_wrap=True), *PARTS, "peak", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names: dict[tuple[str, ...], list[str]] = {}
     for node in nodes:
         cells = (*(units(value, "B") if value else "" for value in node.memory.row().values()), units(node.peak, "B"))
@@ -183,31 +177,23 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
     work = f"{UTILISATION:.0%} of {units(device.flops, 'FLOP')}/s"
     decoding = f"while decoding, {BANDWIDTH_SHARE:.0%} of {units(device.bandwidth, 'B')}/s"
     if options.device is None:
-        return [
-            *lines,
+        lines += [
             f"here: about {duration(seconds)} if nodes run one after the other; at most {units(largest, 'B')} at once of "
             f"{units(device.memory, 'B')} that are free, {fits}",
             f"an estimate from {work} as measured just now in a matrix product and, {decoding} in a copy; loading, grading and the "
             "overhead of small models come on top",
         ]
-    lines.append(
+        return lines
+    both = any(node.memory.both for node in nodes)
+    at_once = ", or with compute.overlap or without vllm.sleep go on at once" if both else ""
+    lines += [
         "memory: weights with gradients and moments (optimizer) and teachers are divided over the devices; sampling (sampler, "
-        "cache) and a training pass (gathered weights, activations) take turns" + at_once(nodes)
-    )
-    return [
-        *lines,
+        f"cache) and a training pass (gathered weights, activations) take turns{at_once}",
         f"on {options.count} × {options.device}: {hours(options.count * seconds)} GPU-hours, {hours(seconds)} hours if nodes run "
         f"one after the other; at most {units(largest, 'B')} on a device of {units(device.memory, 'B')}, {fits}",
         f"assumed: {work} in bfloat16 and, {decoding} ({device.source}); the work divided evenly",
     ]
-
-
-def at_once(nodes: Sequence[Estimate]) -> str:
-    return (
-        ", or with compute.overlap or without vllm.sleep go on at once"
-        if any(node.memory.both for node in nodes)
-        else ""
-    )
+    return lines
 
 
 def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, options: DryRunOptions) -> str | None:
@@ -232,12 +218,12 @@ def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, opti
             f"lower compute.microbatch_tokens (now {compute.microbatch_tokens})",
             f"compute.sample_batch (now {compute.sample_batch})",
         ]
-    other = (
-        "name a larger device with --on" if options.device is None else "name a larger device or more of them with --on"
-    )
-    place = "are free here" if options.device is None else f"{options.device} has"
-    shown = f"{units(memory, 'B')} {place}" if options.device is None else f"{place} {units(memory, 'B')}"
-    return f"memory: {name_of(largest)} needs {units(largest.peak, 'B')} and {shown}: {', '.join([*changes, other])}"
+    if options.device is None:
+        more, available = "a larger device", f"{units(memory, 'B')} are free here"
+    else:
+        more, available = "a larger device or more of them", f"{options.device} has {units(memory, 'B')}"
+    changes.append(f"name {more} with --on")
+    return f"memory: {name_of(largest)} needs {units(largest.peak, 'B')} and {available}: {', '.join(changes)}"
 
 
 def hours(seconds: float) -> str:

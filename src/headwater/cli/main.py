@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.cli import checks, recipes, results, run, single_stage
+from headwater.cli import checks, results, run, single_stage
 from headwater.cli.options import FitOptions, examples, exit_codes, launched_by_torchrun, say_loading, with_options
 from headwater.config.builtin import builtin_names
 from headwater.errors import UserError
@@ -102,7 +102,7 @@ def init(
     print(recipe, end="")
 
 
-for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):
+for commands in (run.commands, single_stage.commands, checks.commands, results.commands):
     app.add_typer(commands)
 
 

@@ -1,4 +1,7 @@
-"""Options that several commands share, as dataclasses whose fields are typer options."""
+"""Options that several commands share, as dataclasses whose fields are typer options.
+
+typer names an option after its parameter (`max_tokens` is `--max-tokens`); only other names and flags without a `--no-` are spelt out.
+"""
 
 from __future__ import annotations
 
@@ -27,37 +30,31 @@ if TYPE_CHECKING:
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help=f"A YAML file, or a built-in recipe: {', '.join(builtin_names())}.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory; the same one again resumes the run.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory; the same one again resumes the run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Arms = Annotated[
-    str | None, typer.Option("--arms", help=f"Arms, separated by commas, or a list: all, improved. {', '.join(ARMS)}.")
+    str | None, typer.Option(help=f"Arms, separated by commas, or a list: all, improved. {', '.join(ARMS)}.")
 ]
 ArmName = Annotated[
     str | None,
     typer.Option(
-        "--arm",
         help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages. "
-        f"Arms: {', '.join(ARMS)}.",
+        f"Arms: {', '.join(ARMS)}."
     ),
 ]
 Evals = Annotated[
-    str | None,
-    typer.Option("--evals", help="File of held-out problems with answers; without it no accuracy is measured."),
+    str | None, typer.Option(help="File of held-out problems with answers; without it no accuracy is measured.")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Training seed.")]
-Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
-TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
-ProblemColumn = Annotated[
-    str | None, typer.Option("--problem", help='Column of the problem, or several: "{context} {question}".')
-]
-AnswerColumn = Annotated[str | None, typer.Option("--answer", help="Column of the answer.")]
+Seed = Annotated[int | None, typer.Option(help="Training seed.")]
+Seeds = Annotated[str | None, typer.Option(help="Training seeds, separated by commas.")]
+TaskName = Annotated[str, typer.Option(help="A task's name (docs/tasks.md) or package.module:function.")]
+ProblemColumn = Annotated[str | None, typer.Option(help='Column of the problem, or several: "{context} {question}".')]
+AnswerColumn = Annotated[str | None, typer.Option(help="Column of the answer.")]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        "--workers", min=1, help="Processes that run independent nodes; by default cores / compute.threads, or 1."
-    ),
+    typer.Option(min=1, help="Processes that run independent nodes; by default cores / compute.threads, or 1."),
 ]
 
 
@@ -71,9 +68,7 @@ class RunOptions:
     workers: Workers = None
     reuse: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--reuse", help="Another run directory; its finished nodes are used where they are the same work."
-        ),
+        typer.Option(help="Another run directory; its finished nodes are used where they are the same work."),
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
@@ -90,18 +85,16 @@ class ExecutionOptions:
     """Further options of `run` and `study`: who runs the nodes, trackers, and the assumptions of a dry run."""
 
     executor: Annotated[
-        str, typer.Option("--executor", help="What runs the nodes: local, or ray for a Ray cluster (RAY_ADDRESS).")
+        str, typer.Option(help="What runs the nodes: local, or ray for a Ray cluster (RAY_ADDRESS).")
     ] = "local"
     track: Annotated[
-        str | None, typer.Option("--track", help="Trackers to log to: tensorboard, wandb, trackio; commas between.")
+        str | None, typer.Option(help="Trackers to log to: tensorboard, wandb, trackio; commas between.")
     ] = None
     on: Annotated[
-        str | None,
-        typer.Option("--on", help="With --dry-run: the device to estimate hours for, such as rtx4090 or 16xh200."),
+        str | None, typer.Option(help="With --dry-run: the device to estimate hours for, such as rtx4090 or 16xh200.")
     ] = None
     mean_tokens: Annotated[
-        float | None,
-        typer.Option("--mean-tokens", min=1.0, help="With --dry-run: mean completion length, where you know it."),
+        float | None, typer.Option(min=1.0, help="With --dry-run: mean completion length, where you know it.")
     ] = None
 
 
@@ -109,24 +102,23 @@ class ExecutionOptions:
 class FitOptions:
     """Options of `init mine`: what the recipe is fitted to."""
 
-    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None
-    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None
-    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None
+    student: Annotated[str | None, typer.Option(help="mine: folder or hub id of the student.")] = None
+    teacher: Annotated[str | None, typer.Option(help="mine: folder or hub id of the teacher.")] = None
+    data: Annotated[str | None, typer.Option(help="mine: file of problems with answers.")] = None
     evals: Annotated[
-        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
+        str | None, typer.Option(help="mine: file to evaluate on; without it, a part of --data is held out.")
     ] = None
-    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None
+    task: Annotated[str | None, typer.Option(help="mine: the grader, if the answers do not show it.")] = None
     problem: ProblemColumn = None
     answer: AnswerColumn = None
     tag: Annotated[
-        str | None, typer.Option("--tag", help="Column that selects a problem's teacher, where there are several.")
+        str | None, typer.Option(help="Column that selects a problem's teacher, where there are several.")
     ] = None
-    device: Annotated[
-        str, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
-    ] = "auto"
+    device: Annotated[str, typer.Option(help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")] = (
+        "auto"
+    )
     hours: Annotated[
-        float | None,
-        typer.Option("--hours", min=0.01, help="mine: what the default arm may take on that device, as estimated."),
+        float | None, typer.Option(min=0.01, help="mine: what the default arm may take on that device, as estimated.")
     ] = None
 
 
@@ -134,16 +126,16 @@ class FitOptions:
 class EvalOptions:
     """Options of `eval`: how the model is prompted and sampled, and how completions are graded."""
 
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Completions per problem.")] = 1
+    samples: Annotated[int, typer.Option(min=1, help="Completions per problem.")] = 1
     task: TaskName = "maths"
     problem: ProblemColumn = None
     answer: AnswerColumn = None
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N problems.")] = None
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 decodes greedily.")] = 1.0
-    top_p: Annotated[float, typer.Option("--top-p", min=0.001, max=1.0)] = 1.0
-    top_k: Annotated[int, typer.Option("--top-k", min=0)] = 0
-    template: Annotated[str, typer.Option("--template", help="The user turn; must contain {problem}.")] = "{problem}"
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N problems.")] = None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 512
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 1.0
+    top_p: Annotated[float, typer.Option(min=0.001, max=1.0)] = 1.0
+    top_k: Annotated[int, typer.Option(min=0)] = 0
+    template: Annotated[str, typer.Option(help="The user turn; must contain {problem}.")] = "{problem}"
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Passed to chat templates that have a thinking mode.")
     ] = False
@@ -151,20 +143,19 @@ class EvalOptions:
         bool,
         typer.Option("--chat/--no-chat", help="Apply the model's chat template, or give it the texts as they are."),
     ] = True
-    seed: Annotated[int, typer.Option("--seed")] = 0
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32"
+    seed: int = 0
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32"
     device: Device = None
     form: Annotated[
         str | None,
         typer.Option(
-            "--form",
-            help="Form of the answer that counts in strict reading: boxed or hashes (####); by default the one that the prompt names.",
+            help="Form of the answer that counts in strict reading: boxed or hashes (####); by default the one that the prompt names."
         ),
     ] = None
-    sampler: Annotated[str, typer.Option("--sampler", help="torch or vllm.")] = "torch"
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded at once.")] = 256
-    out: Annotated[Path | None, typer.Option("--out", help="Write every graded completion here as JSONL.")] = None
-    save: Annotated[Path | None, typer.Option("--save", help="Write the results here as JSON, for --compare.")] = None
+    sampler: Annotated[str, typer.Option(help="torch or vllm.")] = "torch"
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 256
+    out: Annotated[Path | None, typer.Option(help="Write every graded completion here as JSONL.")] = None
+    save: Annotated[Path | None, typer.Option(help="Write the results here as JSON, for --compare.")] = None
     json_: Json = False
 
 
@@ -178,24 +169,21 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     Example: `def run(recipe: RecipeName, options: RunOptions)` becomes a command with the options `--out`, `--set`, …
     """
-    groups: dict[str, Any] = {}
-    own: list[inspect.Parameter] = []
-    expanded: list[inspect.Parameter] = []
     hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        if is_dataclass(hints[name]):
-            groups[name] = hints[name]
-            types = get_type_hints(hints[name], include_extras=True)
-            expanded += [
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
-                )
-                for field in fields(hints[name])
-            ]
-        else:
-            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
-
-    parameters = [*own, *expanded]
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name not in groups
+    ]
+    for group in groups.values():
+        types = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+            )
+            for field in fields(group)
+        ]
 
     @functools.wraps(command)
     def run_command(**values: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
@@ -34,27 +34,26 @@ def _models(result: Mapping[str, Any]) -> Table:
     for head in ("", "student", "teacher"):
         table.add_column(head, justify="left" if head == "" else "right")
 
-    def row(name: str, values: Sequence[str]) -> None:
-        table.add_row(name, *values)
-
     both = (student, teacher)
-    row("pass rate, % [95 %]", [_interval(stats["pass_rate"]) for stats in both])
+    table.add_row("pass rate, % [95 %]", *(_interval(stats["pass_rate"]) for stats in both))
     for k in student["pass_at"]:
-        row(f"pass@{k}, %", [percent(stats["pass_at"][k]) for stats in both])
-    row("C1: reward / best of all samples", ["–" if stats["c1"] is None else f"{stats['c1']:.2f}" for stats in both])
-    row(f"informative {group}, % [95 %]", [_interval(stats["informative"]) for stats in both])
-    row("  by 1 − p^G − (1−p)^G, %", [percent(stats["informative_formula"]) for stats in both])
-    row("ended by a stop token, %", [percent(stats["ended"]) for stats in both])
-    row("cut at the token limit, %", [percent(stats["truncated"]) for stats in both])
+        table.add_row(f"pass@{k}, %", *(percent(stats["pass_at"][k]) for stats in both))
+    table.add_row(
+        "C1: reward / best of all samples", *("–" if stats["c1"] is None else f"{stats['c1']:.2f}" for stats in both)
+    )
+    table.add_row(f"informative {group}, % [95 %]", *(_interval(stats["informative"]) for stats in both))
+    table.add_row("  by 1 − p^G − (1−p)^G, %", *(percent(stats["informative_formula"]) for stats in both))
+    table.add_row("ended by a stop token, %", *(percent(stats["ended"]) for stats in both))
+    table.add_row("cut at the token limit, %", *(percent(stats["truncated"]) for stats in both))
     for name, title in (
         ("cut", "  cut and not right, %"),
         ("no_answer", "ended without an answer, %"),
         ("ungraded", "stopped the grader, %"),
         ("wrong", "wrong answer, %"),
     ):
-        row(title, [percent(stats["outcomes"][name]) for stats in both])
-    row("entropy, nats a token", [f"{stats['entropy']:.2f}" for stats in both])
-    row("tokens a completion", [units(stats["tokens"]) for stats in both])
+        table.add_row(title, *(percent(stats["outcomes"][name]) for stats in both))
+    table.add_row("entropy, nats a token", *(f"{stats['entropy']:.2f}" for stats in both))
+    table.add_row("tokens a completion", *(units(stats["tokens"]) for stats in both))
     return table
 
 
@@ -93,7 +92,7 @@ def _advice(advice: dict[str, Any]) -> list[Text]:
     ]
     if advice["run"]["arm"] is not None:
         sentences.append(("Run", f"--arm {advice['run']['arm']}: {advice['run']['because']}."))
-    if (follow_up := advice.get("follow_up")) is not None:
+    if (follow_up := advice["follow_up"]) is not None:
         sentences.append(("Beyond the paper", f"--arm {follow_up['arm']}: {follow_up['because']}."))
     return [Text.assemble((f"{name}: ", "bold"), sentence) for name, sentence in sentences]
 

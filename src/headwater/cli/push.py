@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,13 +15,8 @@ from headwater.report import build as report
 from headwater.storage.run_dir import NodeDir, RunDir, read_json
 from headwater.storage.untrusted import read_plan
 
-
-class Api(Protocol):
-    """The methods of `huggingface_hub.HfApi` that `push` calls."""
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
-
-    def create_commit(self, repo_id: str, operations: Any, *, commit_message: str) -> Any: ...
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ def costs(arm: Mapping[str, Any]) -> str:
     )
 
 
-def push(finished: Finished, to: str, private: bool, api: Api) -> str:
+def push(finished: Finished, to: str, private: bool, api: HfApi) -> str:
     """Upload the model folder with its card in one commit; returns the repository's address. Raises UserError."""
     from huggingface_hub import CommitOperationAdd
 

@@ -19,30 +19,29 @@ commands = typer.Typer()
 @commands.command(epilog=examples("headwater report runs/my", "headwater report runs/seed0 runs/seed1 --out runs/both"))
 def report(
     dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories: of one recipe, or to compare.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; the first DIR by default.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Recount label use from the run's files; exit 3 if a check fails.")
     ] = False,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve a local page that refreshes while runs grow; writes nothing.")
     ] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8765,
     json_: Json = False,
 ) -> None:
     """Rebuild the report from run directories, audit them, or serve it while they grow. Different recipes: side by side."""
     from headwater.report import build, side_by_side
     from headwater.report.serve import serve as serve_report
 
+    folder = out or dirs[0]
     if audit:
         _audit(dirs, json_)
     elif serve:
         serve_report(dirs, port, lambda address: print(f"report: {address} (Ctrl-C ends it)", flush=True))
-    elif not side_by_side.of_one_recipe(dirs):
-        folder = out or dirs[0]
-        print_comparison(side_by_side.write(folder, dirs), folder, json_)
-    else:
-        folder = out or dirs[0]
+    elif side_by_side.of_one_recipe(dirs):
         print_report(build.write(folder, dirs), folder, json_)
+    else:
+        print_comparison(side_by_side.write(folder, dirs), folder, json_)
 
 
 def _audit(dirs: list[Path], as_json: bool) -> None:
@@ -93,7 +92,7 @@ def print_comparison(values: dict[str, Any], folder: Path, as_json: bool) -> Non
 @commands.command(epilog=examples("headwater watch runs/my", "headwater watch runs/my --once"))
 def watch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, running or not.")],
-    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two refreshes.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two refreshes.")] = 1.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print once and exit, as it does where the output is no terminal.")
     ] = False,
@@ -133,9 +132,7 @@ def eval_(
     options: EvalOptions,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            "--data", help="Data file (JSONL, CSV, Parquet, …), `datasets` folder or hub id; repeat for several."
-        ),
+        typer.Option(help="Data file (JSONL, CSV, Parquet, …), `datasets` folder or hub id; repeat for several."),
     ] = None,
     compare: Annotated[
         bool,
@@ -174,9 +171,7 @@ def eval_(
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder, such as a node's model/.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model; must not exist.")],
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="float32 or bfloat16: dtype of the merged weights.")
-    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: dtype of the merged weights.")] = "bfloat16",
 ) -> None:
     """Merge an adapter into its base model: a plain model folder that loads anywhere."""
     from headwater.models.save import merge_adapter
@@ -190,8 +185,8 @@ def push(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run directory, or the model/ folder of one of its nodes.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="ID", help="Repository on the hub: owner/name.")],
-    arm: Annotated[str | None, typer.Option("--arm", help="Which arm's student, if the run has several arms.")] = None,
+    to: Annotated[str, typer.Option(metavar="ID", help="Repository on the hub: owner/name.")],
+    arm: Annotated[str | None, typer.Option(help="Which arm's student, if the run has several arms.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:
     """Upload a finished model to the hub with a card: recipe, labels used, results with intervals."""

@@ -21,6 +21,7 @@ from headwater.cli.options import (
     Out,
     RecipeName,
     RunOptions,
+    Seed,
     Seeds,
     Workers,
     dry_run_options,
@@ -39,7 +40,7 @@ from headwater.errors import FailedError, UserError, printable
 if TYPE_CHECKING:
     from headwater.config.recipe import Recipe
     from headwater.runs.display import ProgressDisplay
-    from headwater.runs.executors.base import Executor
+    from headwater.runs.executors.base import Executor, Failure, Job
 
 commands = typer.Typer()
 
@@ -55,7 +56,7 @@ def run(
     options: RunOptions,
     execution: ExecutionOptions,
     arm: ArmName = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
+    seed: Seed = None,
 ) -> None:
     """Run one arm, by default bridge: GRPO on the teacher with all labels, then warm-up and OPD of the student."""
     run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
@@ -80,7 +81,7 @@ def study(
 @commands.command(epilog=examples("headwater demo --out runs/demo"))
 def demo(
     out: Out = None,
-    seed: Annotated[int, typer.Option("--seed", help="Training seed.")] = 0,
+    seed: Annotated[int, typer.Option(help="Training seed.")] = 0,
     workers: Workers = None,
     json_: Json = False,
 ) -> None:
@@ -99,12 +100,11 @@ def demo(
 def sweep(
     recipe: RecipeName,
     vary: Annotated[
-        str, typer.Option("--vary", metavar="WHAT", help="labels, teacher, lambda, or a field: stages.opd.optim.lr.")
+        str, typer.Option(metavar="WHAT", help="labels, teacher, lambda, or a field: stages.opd.optim.lr.")
     ],
     options: RunOptions,
     values: Annotated[
-        str | None,
-        typer.Option("--values", help="Its values, separated by commas; the three named ones have defaults."),
+        str | None, typer.Option(help="Its values, separated by commas; the three named ones have defaults.")
     ] = None,
     arms: Arms = None,
     seeds: Seeds = None,
@@ -174,7 +174,7 @@ def execute(
 
     display = progress_display(quiet=options.json_)
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
-    with _executor_factory(execution.executor, display) as (make_executor, processes):
+    with _executor(execution.executor, display) as (executor, processes):
         recipe = read()
         folder = options.out or Path("runs") / recipe.name
         if arms is None:
@@ -210,7 +210,7 @@ def execute(
                     folder,
                     tracking_display,
                     reuse=options.reuse or [],
-                    executor=make_executor(),
+                    executor=executor,
                     processes=processes,
                 )
         except FailedError:
@@ -226,15 +226,15 @@ def execute(
 
 
 @contextlib.contextmanager
-def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Callable[[], Executor], int]]:
-    """Yield a function that makes the executor, and the number of processes that run each node together.
+def _executor(name: str, display: ProgressDisplay) -> Iterator[tuple[Executor | None, int]]:
+    """Yield the executor (None: that of `pipeline.run`), and the number of processes that run each node together.
 
     Under torchrun, ranks > 0 work here until rank 0 is done, and exit.
     """
     if name not in ("local", "ray"):
         raise UserError(f"--executor {name}: unknown executor; choose local or ray")
     if not launched_by_torchrun():
-        yield partial(_executor, name), 1
+        yield (_run_on_ray if name == "ray" else None), 1
         return
     if name != "local":
         raise UserError(f"--executor {name}: torchrun has already started the processes; use one of the two")
@@ -247,14 +247,10 @@ def _executor_factory(name: str, display: ProgressDisplay) -> Iterator[tuple[Cal
     if not ranks.is_main:
         sys.exit(run_worker_rank(ranks))
     with broadcast_exit_code(ranks):
-        yield lambda: partial(run_on_ranks, ranks=ranks), ranks.size
+        yield partial(run_on_ranks, ranks=ranks), ranks.size
 
 
-def _executor(name: str) -> Executor:
-    if name == "ray":
-        from headwater.runs.executors.ray import run_on_ray
+def _run_on_ray(job: Job) -> dict[str, Failure]:
+    from headwater.runs.executors.ray import run_on_ray
 
-        return run_on_ray
-    from headwater.runs.executors.local import run_in_workers
-
-    return run_in_workers
+    return run_on_ray(job)

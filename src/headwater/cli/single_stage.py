@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from headwater.cli.options import (
     RunOptions,
     Seed,
     TaskName,
+    dry_run_options,
     examples,
     say_loading,
     with_options,
@@ -45,7 +45,7 @@ commands = typer.Typer()
 def distill(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Model to train: a folder or a hub id.")],
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a hub id, or http://HOST:PORT/v1.")],
-    prompts: Annotated[str, typer.Option("--prompts", help="File, folder or hub id of prompts; no answers needed.")],
+    prompts: Annotated[str, typer.Option(help="File, folder or hub id of prompts; no answers needed.")],
     options: RunOptions,
     execution: ExecutionOptions,
     evals: Evals = None,
@@ -74,7 +74,7 @@ def distill(
 @with_options
 def grpo(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: a folder or a hub id.")],
-    data: Annotated[str, typer.Option("--data", help="File, folder or hub id of problems with answers.")],
+    data: Annotated[str, typer.Option(help="File, folder or hub id of problems with answers.")],
     options: RunOptions,
     execution: ExecutionOptions,
     evals: Evals = None,
@@ -110,10 +110,13 @@ def run_stage(
         recipe, display = read_with({}), progress_display(quiet=options.json_)
         say_loading(f"checking recipe {recipe.name}", display)
         values = recorded_values(options.out or Path("runs") / recipe.name)
-        if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
-            from headwater.doctor.fit import fitted_stage
+        from headwater.doctor.fit import fitted_stage
+        from headwater.runs.inputs import RunInputs
 
-            device = (execution.on or "").lower().lstrip("0123456789").removeprefix("x") or recipe.compute.device
+        # A dry run fetches no model.
+        if values is None and not (options.dry_run and RunInputs.for_estimate(recipe).missing):
+            assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
+            device = (assumptions and assumptions.device) or recipe.compute.device
             with display.task("fitting the stage to models, data and device"):
                 values, place = fitted_stage(read_with, device)
             own = [field for field in values if not any(change.startswith(field) for change in options.changes)]
@@ -131,30 +134,18 @@ def recorded_values(folder: Path) -> dict[str, Any] | None:
         return None
     with refuse_malformed_files(folder):
         recipe = read_json(path)
-        fields = {
+        sections = {
             "models": ("dtype", "gradient_checkpointing", "lora"),
             "compute": ("microbatch_tokens", "sample_batch"),
             "evaluate": ("sampling",),
-            **{
-                f"stages.{name}": ("batch_size", "sampling", "optim")
-                for name, stage in recipe["stages"].items()
-                if stage
-            },
         }
-        return {
-            f"{section}.{name}": value
-            for section, names in fields.items()
-            for name in names
-            if (value := reduce(dict.__getitem__, section.split("."), recipe).get(name)) is not None
+        values = {
+            f"{section}.{name}": recipe[section].get(name) for section, names in sections.items() for name in names
         }
-
-
-def names_hub_model(recipe: Recipe) -> bool:
-    from headwater.models.folder import ModelFolder
-    from headwater.teachers.server_client import is_served
-
-    named = {**recipe.models.named("student"), **recipe.models.named("teacher")}
-    return not all(is_served(name) or ModelFolder.open(name, field).is_local for field, name in named.items())
+        for stage, settings in recipe["stages"].items():
+            if settings:
+                values |= {f"stages.{stage}.{name}": settings.get(name) for name in ("batch_size", "sampling", "optim")}
+        return {field: value for field, value in values.items() if value is not None}
 
 
 def evaluated(raw: dict[str, Any], evals: str | None, task: str) -> dict[str, Any]:

@@ -7,16 +7,17 @@ plants the fault.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
-from headwater.doctor import adapter_checks, saving_checks, signal_checks, tokenizer_checks, training_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
 from headwater.doctor import resource_checks as resources
+from headwater.doctor import saving_checks, signal_checks, tokenizer_checks, training_checks
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
@@ -100,7 +101,7 @@ CHECKS = (
     Check("teacher servers' tokens", teachers.server_tokens, exit_code=2, of_machine=True),
     Check("teacher servers", teachers.servers, of_machine=True),
     Check("tokens that the student chooses", teachers.candidates, exit_code=2, of_machine=True),
-    Check("adapters", adapter_checks.adapters),
+    Check("adapters", models.adapters),
     Check("memory", resources.memory, of_machine=True),
     Check("disk", resources.disk, of_machine=True),
     Check("experts per token", resources.experts),
@@ -148,31 +149,23 @@ class Examination:
 
     def text(self, verbose: bool = False) -> str:
         """Every finding and how many checks ran, errors last: nearest to the prompt. `verbose` lists the checks by title."""
-        by_severity = {
-            severity: texts([finding for finding in self.findings if finding.severity == severity])
+
+        def counted(titles: Sequence[str], what: str) -> str:
+            listed = f": {', '.join(titles)}" if verbose else ""
+            return f"{len(titles)} check{'s' if len(titles) != 1 else ''} {what}{listed}"
+
+        notes, warnings, errors = (
+            texts(finding for finding in self.findings if finding.severity == severity)
             for severity in ("note", "warning", "error")
-        }
-        errors = by_severity.pop("error")
-        lines = [text for listed in by_severity.values() for text in listed]
-        hint = "" if verbose else " (--verbose lists them)"
-        lines.append(f"{counted(len(self.checked), 'check')} done{_listed(self.checked, verbose)}{hint}")
+        )
+        lines = [*notes, *warnings, counted(self.checked, "done") + ("" if verbose else " (--verbose lists them)")]
         if self.unchecked:
-            count = f"{counted(len(self.unchecked), 'check')} not done, because of the errors below"
-            lines.append(f"{count}{_listed(self.unchecked, verbose)}")
+            lines.append(counted(self.unchecked, "not done, because of the errors below"))
         return "\n".join([*lines, *(errors or ["no errors"])])
 
     @property
     def error_names(self) -> str:
         return ", ".join(dict.fromkeys(finding.name for finding in self.errors))
-
-
-def counted(number: int, noun: str) -> str:
-    """Example: `counted(2, "check")` is `"2 checks"`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _listed(titles: Sequence[str], verbose: bool) -> str:
-    return f": {', '.join(titles)}" if verbose else ""
 
 
 Tell = Callable[[str, str], None]
@@ -211,12 +204,11 @@ def diagnose(
     recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path, tell: Tell = _tell_nobody
 ) -> Examination:
     """Check all of a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
-    with RunInputs(recipe, need_answers=False, day=prompt_day(RunDir(out))) as inputs:
-        context = DoctorContext(inputs, tuple(arms), tuple(seeds), out)
-        try:
-            return examine(context, tell=tell)
-        finally:
-            context.close()
+    with (
+        RunInputs(recipe, need_answers=False, day=prompt_day(RunDir(out))) as inputs,
+        closing(DoctorContext(inputs, tuple(arms), tuple(seeds), out)) as context,
+    ):
+        return examine(context, tell=tell)
 
 
 def _refuse_user_errors(context: DoctorContext, checks: Sequence[Check]) -> list[Finding]:
@@ -252,14 +244,11 @@ def preflight(
 
     Raises UserError for a mistake in the recipe or its data, RefusedError with the name, evidence and remedy of other errors.
     """
-    context = DoctorContext.of(plan, inputs, out or Path())
-    try:
+    with closing(DoctorContext.of(plan, inputs, out or Path())) as context:
         _say_warnings(_refuse_user_errors(context, checks), say)
         if out is None or not context.pending:
             return
         examination = examine(context, [check for check in checks if check.exit_code == 3], tell)
-    finally:
-        context.close()
     _say_warnings(examination.findings, say)
     if examination.errors:
         errors = "\n".join(finding.text() for finding in examination.errors)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headwater.config.arms import arm_of
+from headwater.config.arms import BASE_MODELS, arm_of
 from headwater.config.recipe import Recipe
-from headwater.config.stage import Sampling
+from headwater.config.stage import Sampling, Stage
 from headwater.errors import UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
@@ -72,7 +72,7 @@ class DoctorContext:
     @classmethod
     def of(cls, plan: Plan, inputs: RunInputs, out: Path = Path()) -> DoctorContext:
         """The context of a run that has made its plan."""
-        arms = tuple(arm for arm in plan.arms if not arm.startswith("base_"))
+        arms = tuple(arm for arm in plan.arms if arm not in BASE_MODELS)
         return cls(inputs, arms, plan.seeds, out, exhaustive=False, memo={("plan",): plan})
 
     def close(self) -> None:
@@ -95,6 +95,21 @@ class DoctorContext:
         return list(dict.fromkeys(n for arm in arms for n in last_node(arm, self.recipe, self.seeds[0]).ancestry()))
 
     @property
+    def training(self) -> list[tuple[Node, Stage]]:
+        """The nodes that train, each with its stage's settings."""
+        return [(node, node.settings) for node in self.nodes if node.kind == "train" and node.settings is not None]
+
+    def recipe_stage(self, node: Node) -> str:
+        """The stage of the recipe that holds a node's settings: of a cache that of its reader; `sft` may take the warm-up's."""
+        stage = next((reader.stage for reader in self.nodes if reader.cache == node), node.stage)
+        return "warmup" if stage == "sft" and self.recipe.stages.sft is None else stage
+
+    def steps(self, node: Node) -> int:
+        """Steps of a node that trains, without an adjustment to equal compute."""
+        assert node.pool is not None and node.settings is not None
+        return self.inputs.steps(node.pool, node.settings)
+
+    @property
     @read_once("plan")
     def plan(self) -> Plan:
         return make_plan(self.recipe, self.arms, self.seeds, self.inputs.content())
@@ -115,11 +130,11 @@ class DoctorContext:
     @property
     def trained_roles(self) -> Mapping[str, bool]:
         """Each base model that a stage trains -> whether every such stage trains adapters on it."""
-        adapted: dict[Role, bool] = {}
-        for node in [node for node in self.nodes if node.kind == "train"]:
+        adapted: dict[str, bool] = {}
+        for node, _ in self.training:
             base = base_of(node.start)
             adapted[base] = adapted.get(base, True) and node.lora(self.recipe) is not None
-        return {role: adapted[base] for role in self.roles for base in adapted if base == role}
+        return {role: adapted[role] for role in self.roles if role in adapted}
 
     def local(self, role: Role) -> list[str]:
         """The models of a role that no server holds: one, or `teacher.TAG` for each of a mapping."""
@@ -134,32 +149,33 @@ class DoctorContext:
         return [name.removeprefix("models.") for name, where in named.items() if is_served(where)]
 
     @property
+    def _supervised(self) -> Iterator[tuple[Node, Stage, Role]]:
+        """The nodes that train with a teacher, their settings, and the base model of that teacher."""
+        for node, stage in self.training:
+            teacher = node.teacher if node.cache is None else node.cache.start
+            if stage.needs_teacher and teacher is not None:
+                yield node, stage, base_of(teacher)
+
+    @property
     def distillations(self) -> Mapping[tuple[str, str], bool]:
         """(learner, teacher) -> whether their distributions are compared, rather than sampled tokens alone."""
         pairs: dict[tuple[str, str], bool] = {}
-        for node in self.nodes:
-            if node.kind != "train" or node.settings is None or not node.settings.needs_teacher:
-                continue
-            supervisor = node.teacher if node.cache is None else node.cache.start
-            for teacher in [] if supervisor is None else self.local(base_of(supervisor)):
+        for node, stage, base in self._supervised:
+            for teacher in self.local(base):
                 pair = base_of(node.start), teacher
-                pairs[pair] = pairs.get(pair, False) or "teacher" in node.settings.signals
+                pairs[pair] = pairs.get(pair, False) or "teacher" in stage.signals
         return pairs
 
     @property
     def aligned_pairs(self) -> Mapping[tuple[str, str], list[str]]:
-        """(learner, teacher) -> its stages that align tokenizers, of pairs that no other stage compares token by token."""
+        """(learner, teacher) -> stages of the recipe that align tokenizers, of pairs that no other compares token by token."""
         stages: dict[tuple[str, str], list[str]] = {}
         plain: set[tuple[str, str]] = set()
-        for node in self.nodes:
-            if node.kind != "train" or node.settings is None or not node.settings.needs_teacher:
-                continue
-            supervisor = node.teacher if node.cache is None else node.cache.start
-            base = None if supervisor is None else base_of(supervisor)
-            named = {} if base is None else self.recipe.models.named(base)
-            for pair in ((base_of(node.start), name.removeprefix("models.")) for name in named):
+        for node, _, base in self._supervised:
+            for name in self.recipe.models.named(base):
+                pair = base_of(node.start), name.removeprefix("models.")
                 if node.aligns_tokenizers:
-                    stages.setdefault(pair, []).append(node.stage)
+                    stages.setdefault(pair, []).append(self.recipe_stage(node))
                 else:
                     plain.add(pair)
         return {pair: names for pair, names in stages.items() if pair not in plain}
@@ -186,23 +202,19 @@ class DoctorContext:
         return model_shapes(self.inputs)
 
     @property
-    @read_once("plan")
     def prompt_lengths(self) -> list[tuple[int, Problem]]:
-        """(tokens, problem) under the student's template, longest first."""
-        prompter = self.prompter("student")
-        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
-        return sorted(lengths, key=lambda pair: -pair[0])
+        return self.lengths_of("student")
 
     @read_once("plan")
     def lengths_of(self, role: str) -> list[tuple[int, Problem]]:
-        """As `prompt_lengths`, under the template and words of a role, with its privileged contexts."""
-        if role == "student" or (role not in self.aligned_roles and self.recipe.prompt.teacher is None):
+        """(tokens, problem) under the template and words of a role, with its privileged contexts; longest first."""
+        if role != "student" and role not in self.aligned_roles and self.recipe.prompt.teacher is None:
             return self.prompt_lengths
-        prompter, contexts, prompt = self.prompter(role), self.inputs.contexts, self.recipe.prompt
-        readers = (
-            (with_context(prompter, prompt, contexts.get(problem.id)), problem) for problem in self.inputs.all_problems
-        )
-        return sorted(((len(reader.ids(problem)), problem) for reader, problem in readers), key=lambda pair: -pair[0])
+        contexts = {} if role == "student" else self.inputs.contexts
+        prompter, prompt, problems = self.prompter(role), self.recipe.prompt, self.inputs.all_problems
+        readers = (with_context(prompter, prompt, contexts.get(problem.id)) for problem in problems)
+        lengths = [(len(reader.ids(problem)), problem) for reader, problem in zip(readers, problems, strict=True)]
+        return sorted(lengths, key=lambda pair: -pair[0])
 
     @property
     @read_once("plan")
@@ -217,9 +229,9 @@ class DoctorContext:
 
     @read_once("weights")
     def policy(self, role: str, frozen: bool) -> Policy:
-        models = self.recipe.models
-        adapted = not frozen and models.lora is not None and role in models.lora.roles
-        adapt = AdapterSpec(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
+        models, lora = self.recipe.models, self.recipe.models.lora
+        trains = lora is not None and role in lora.roles and not frozen
+        adapt = AdapterSpec(lora, (self.seeds[0], "doctor")) if lora is not None and trains else None
         return load_policy(self.inputs.model_folder(role), LoadOptions(models, self.inputs.device, frozen, adapt))
 
     @read_once("plan")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
 
@@ -10,12 +10,11 @@ from headwater.data.contamination import find_leaks
 from headwater.data.sources import LoadedProblems
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, note, try_each, warning
+from headwater.doctor.finding import Finding, error, few, note, try_each, warning
 from headwater.errors import UserError
 from headwater.runs.inputs import VALIDATION
 from headwater.tasks import sandbox
 
-SHOWN = 3
 MIN_BALANCE = 0.5
 """Smallest ratio of the halves' sizes."""
 SLOW_GOLDS = 200
@@ -38,14 +37,10 @@ def _graded(context: DoctorContext) -> dict[str, LoadedProblems]:
     return {name: context.inputs.source(name) for name in context.inputs.data_fields if name != "data.unlabeled"}
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def answers(context: DoctorContext) -> Iterator[Finding]:
     for name, loaded in _graded(context).items():
         if loaded.without_answer:
-            rows = _few([str(loaded.rows[id_][0]) for id_ in loaded.without_answer])
+            rows = few([str(loaded.rows[id_][0]) for id_ in loaded.without_answer])
             yield error(
                 "label-without-answer",
                 f"{name}: {len(loaded.without_answer)} of {len(loaded.problems)} problems have no answer (rows {rows})",
@@ -77,7 +72,7 @@ def golds(context: DoctorContext) -> Iterator[Finding]:
                 "gold-fails-grader",
                 "error" if wrong_task else "warning",
                 f"{name}: {len(failed)} of {len(pairs)} labels do not grade correct against themselves under task "
-                f"{task}: {_few(failed)}",
+                f"{task}: {few(failed)}",
                 "a label that fails its own grader is wasted: fix or remove it, or choose another task",
             )
 
@@ -104,7 +99,7 @@ def contamination(context: DoctorContext) -> Iterator[Finding]:
             yield warning(
                 "evaluation-leak",
                 f"{name}: {len(shared)} problems also stand in {held_out if held_out == VALIDATION else f'data.evals.{held_out}'}, "
-                f"{exact} of them word for word ({_few([leak.problem_id for leak in shared])}); they are left out of training",
+                f"{exact} of them word for word ({few([leak.problem_id for leak in shared])}); they are left out of training",
                 "nothing, unless they are many: then check the models' pretraining data for the same",
             )
 
@@ -122,7 +117,7 @@ def repeats(context: DoctorContext) -> Iterator[Finding]:
             rows = [" and ".join(map(str, loaded.rows[id_][:2])) for id_ in loaded.contradictions]
             yield warning(
                 "contradicting-answers",
-                f"{name}: {len(loaded.contradictions)} problems have several different answers (rows {_few(rows)}); left out",
+                f"{name}: {len(loaded.contradictions)} problems have several different answers (rows {few(rows)}); left out",
                 "keep the right answer and remove the others",
             )
 
@@ -141,7 +136,7 @@ def evaluations(context: DoctorContext) -> Iterator[Finding]:
         if shared:
             yield warning(
                 "evaluations-overlap",
-                f"data.evals.{first} and data.evals.{second} share {len(shared)} problems ({_few(shared)}), so their results are "
+                f"data.evals.{first} and data.evals.{second} share {len(shared)} problems ({few(shared)}), so their results are "
                 "not independent",
                 "remove the shared problems from one of them",
             )
@@ -154,7 +149,7 @@ def halves(context: DoctorContext) -> Iterator[Finding]:
     if both:
         yield error(
             "halves-overlap",
-            f"labels.budget: {len(both)} problems are in both halves ({_few(sorted(both))})",
+            f"labels.budget: {len(both)} problems are in both halves ({few(sorted(both))})",
             "report a bug: halves are split by content hash and must be disjoint",
         )
     sizes = len(pools.first_half), len(pools.second_half)
@@ -170,17 +165,15 @@ def halves(context: DoctorContext) -> Iterator[Finding]:
 def pool_sizes(context: DoctorContext) -> Iterator[Finding]:
     """Every stage's pool must hold the problems of one step."""
     inputs = context.inputs
-    for node in context.nodes:
-        stage = node.settings
-        if stage is None or node.pool is None:
-            continue
-        pool = len(inputs.prompts(node.pool, stage))
-        needed = stage.prompts_per_step if node.kind == "train" and stage.on_policy else 1
+    for node, stage in context.training:
+        assert node.pool is not None
+        pool, needed = len(inputs.prompts(node.pool, stage)), stage.prompts_per_step if stage.on_policy else 1
         if pool < needed:
             yield error(
                 "pool-too-small",
                 f"labels.budget {len(inputs.pools.all)}: gives stage {node.stage} a pool of {pool} problems ({node.pool}), fewer "
-                f"than the {needed} of one step (stages.{node.stage}.batch_size {stage.batch_size} / group_size {stage.group_size})",
+                f"than the {needed} of one step (stages.{context.recipe_stage(node)}.batch_size {stage.batch_size} / group_size "
+                f"{stage.group_size})",
                 "raise labels.budget, lower the stage's batch_size, or raise its group_size"
                 + ("" if stage.needs_labels else ", set its prompts to every, or add prompts as data.unlabeled"),
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Accuracy of an arm minus that of `over` at equal labels and FLOPs, in percentage points, with its 95 % interval.
+    """Accuracy of an arm minus that of the bridge at equal labels and FLOPs, in percentage points, with its 95 % interval.
 
     seeds          training seeds of the study
     recipe         the recipe that it was measured with
@@ -15,7 +15,6 @@ class Evidence:
     """
 
     arm: str
-    over: str
     difference: float
     low: float
     high: float
@@ -23,30 +22,25 @@ class Evidence:
     recipe: str
     needs_prompts: bool
 
-    @property
-    def is_gain(self) -> bool:
-        """Whether the interval is above zero."""
-        return self.low > 0.0
-
     def sentence(self) -> str:
         """Example: `+9.0 points [+8.0, +10.0] over bridge at equal labels and FLOPs, on 5 seeds of pocket`."""
         return (
-            f"{self.difference:+.1f} points [{self.low:+.1f}, {self.high:+.1f}] over {self.over} at equal labels and FLOPs, on "
+            f"{self.difference:+.1f} points [{self.low:+.1f}, {self.high:+.1f}] over bridge at equal labels and FLOPs, on "
             f"{self.seeds} seeds of {self.recipe}"
         )
 
 
 MEASURED = (
-    Evidence("bridge_plus", "bridge", 14.1, 11.9, 16.3, 10, "pocket", needs_prompts=True),
-    Evidence("bridge_plus", "bridge", 5.9, 4.1, 7.6, 10, "pocket with the Llama pair", needs_prompts=True),
-    Evidence("bridge_plus", "bridge", -27.0, -30.2, -23.3, 5, "pocket-skills", needs_prompts=True),
-    Evidence("every_prompt", "bridge", 8.6, 6.1, 11.0, 5, "pocket", needs_prompts=True),
-    Evidence("short_rl", "bridge", 0.7, -0.8, 2.1, 5, "pocket", needs_prompts=False),
-    Evidence("entropy_aware", "bridge", 0.3, -1.1, 1.6, 5, "pocket", needs_prompts=False),
-    Evidence("exopd_start", "bridge", 0.2, -0.5, 0.8, 5, "pocket", needs_prompts=False),
-    Evidence("soft_or", "bridge", 0.1, -0.8, 1.0, 5, "pocket", needs_prompts=False),
-    Evidence("length_schedule", "bridge", 0.1, -1.1, 1.5, 5, "pocket", needs_prompts=False),
-    Evidence("proximal", "bridge", -0.7, -1.9, 0.5, 5, "pocket", needs_prompts=False),
+    Evidence("bridge_plus", 14.1, 11.9, 16.3, 10, "pocket", needs_prompts=True),
+    Evidence("bridge_plus", 5.9, 4.1, 7.6, 10, "pocket with the Llama pair", needs_prompts=True),
+    Evidence("bridge_plus", -27.0, -30.2, -23.3, 5, "pocket-skills", needs_prompts=True),
+    Evidence("every_prompt", 8.6, 6.1, 11.0, 5, "pocket", needs_prompts=True),
+    Evidence("short_rl", 0.7, -0.8, 2.1, 5, "pocket", needs_prompts=False),
+    Evidence("entropy_aware", 0.3, -1.1, 1.6, 5, "pocket", needs_prompts=False),
+    Evidence("exopd_start", 0.2, -0.5, 0.8, 5, "pocket", needs_prompts=False),
+    Evidence("soft_or", 0.1, -0.8, 1.0, 5, "pocket", needs_prompts=False),
+    Evidence("length_schedule", 0.1, -1.1, 1.5, 5, "pocket", needs_prompts=False),
+    Evidence("proximal", -0.7, -1.9, 0.5, 5, "pocket", needs_prompts=False),
 )
 """Arms of docs/results.md that were measured at the bridge's labels and FLOPs (within 5 %), gains or not."""
 
@@ -60,6 +54,6 @@ def best_evidence(spare_prompts: int) -> Evidence | None:
     usable = [
         row
         for row in MEASURED
-        if row.is_gain and row.arm not in losing and (spare_prompts > 0 or not row.needs_prompts)
+        if row.low > 0.0 and row.arm not in losing and (spare_prompts > 0 or not row.needs_prompts)
     ]
     return max(usable, key=lambda row: row.low, default=None)

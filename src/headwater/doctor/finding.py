@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from headwater.runs.read_once import InputError, Part
+
+SHOWN = 3
+"""Names in a finding's evidence; of more, the number."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,13 @@ def note(name: str, evidence: str, remedy: str) -> Finding:
     return Finding(name, "note", evidence, remedy)
 
 
+def few(names: Sequence[str], separator: str = ", ") -> str:
+    """The first names, and the number of the others. Example: `few(["a", "b", "c", "d", "e"])` is `"a, b, c and 2 more"`."""
+    return separator.join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def told_once(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings, of which those that say the same of several models are one.
+    """Merge the findings that say the same of several models.
 
     Example: `models.student: id 2 pads` and `models.teacher: id 2 pads` become `models.student and models.teacher: id 2 pads`.
     """

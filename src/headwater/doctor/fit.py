@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
@@ -57,7 +56,6 @@ MEASURED_PROBLEMS = 1000
 MEASURED_SECONDS, FEWEST_TRIES = 0.3, 5
 SHARES, HALVINGS = (0.002, 64.0), 7
 """Range of the shares of the usual effort that are tried to fit a limit of hours, and how often it is halved (on a log scale)."""
-FEWEST_SHOWN = "2 steps of 8 completions in a stage"
 FEWEST_LABELS = 8
 """Below this a half of the labels has too few problems for one step."""
 FITTED_ARM = "bridge_rl"
@@ -87,13 +85,11 @@ def fitted_recipe(request: FitRequest) -> str:
     device = device_facts(request.device)
     student, teacher = _folder(request.student, "--student"), _folder(request.teacher, "--teacher")
     data, models = data_facts(request, student, teacher), (model_facts(student), model_facts(teacher))
-    inputs: RunInputs | None = None
+    candidates = [FittedRecipe(*models, data, device, form) for form in forms(device.kind)]
     peaks = []
-    with contextlib.ExitStack() as stack:
-        for form in forms(device.kind):
-            fitted = FittedRecipe(*models, data, device, form)
-            if inputs is None:
-                inputs = stack.enter_context(RunInputs(written(fitted)))
+    with RunInputs(written(candidates[0])) as inputs:
+        inputs.source("data.labeled")  # with the grader, which all share and the first of them closes
+        for fitted in candidates:
             inputs = resized(inputs, written(fitted))
             peaks.append(peak_bytes(inputs))
             if peaks[-1] <= USABLE_MEMORY * device.memory:
@@ -128,8 +124,8 @@ def within_time(fitted: FittedRecipe, hours: float | None, inputs: RunInputs) ->
     least = best.times["total"]
     if least > limit and hours is not None:
         raise UserError(
-            f"--hours {hours:g}: the smallest recipe for this pair, with {FEWEST_SHOWN}, takes {duration(least)} on "
-            f"{fitted.device.name}; give --hours {math.ceil(least / 360) / 10:g} or more, a larger --device, or smaller models"
+            f"--hours {hours:g}: the smallest recipe for this pair, with 2 steps of 8 completions in a stage, takes {duration(least)} "
+            f"on {fitted.device.name}; give --hours {math.ceil(least / 360) / 10:g} or more, a larger --device, or smaller models"
         )
     if largest.times["total"] <= limit:
         return largest
@@ -179,33 +175,28 @@ def fitted_stage(read: Callable[[Mapping[str, Any]], Recipe], device_name: str) 
     device, student = device_facts(device_name), folders[0]
     facts = [model_facts(folder) for folder in folders]
     largest = max(facts, key=lambda model: model.parameters)
-    inputs = RunInputs(recipe)
-    with inputs:
-        source, loaded = inputs.data_fields[field_], inputs.decontaminated(field_)
+    given, peaks = recipe.models.lora is not None, []
+    with RunInputs(recipe) as inputs:
+        source, problems = inputs.data_fields[field_], inputs.decontaminated(field_).problems
         solutions = describe(source, f"{field_}: {source.path}").solutions if source.path is not None else ()
-    data = DataFacts(
-        field_, field_, recipe.task or "", "", len(loaded.problems), 0, None,
-        longest_prompt(student, recipe.prompt.template, loaded.problems),
-        token_lengths(student, solutions) if solutions else None, True,
-    )  # fmt: skip
-    peaks = []
-    for form in forms(device.kind):
-        if form.adapted == ("teacher",):
-            continue  # it does not train here
-        given = recipe.models.lora is not None
-        fitted = FittedRecipe(
-            facts[0], largest, data, device, replace(form, adapted=("teacher", "student")) if given else form
-        )
-        values = fitted.stage_values(stage, settings.needs_labels)
-        if given:
-            del values["models.lora"]
-        if not recipe.data.evals:
-            del values["evaluate.sampling.max_tokens"]
-        inputs = replace(inputs, recipe=read(values))
-        with inputs:
-            peaks.append(peak_bytes(inputs, OWN_STAGES))
-        if peaks[-1] <= USABLE_MEMORY * device.memory:
-            return values, f"{device.name}, {device.memory / 2**30:.1f} GiB free"
+        data = DataFacts(
+            field_, field_, recipe.task or "", "", len(problems), 0, None,
+            longest_prompt(student, recipe.prompt.template, problems),
+            token_lengths(student, solutions) if solutions else None, True,
+        )  # fmt: skip
+        for form in forms(device.kind):
+            if form.adapted == ("teacher",):
+                continue  # it does not train here
+            form = replace(form, adapted=("teacher", "student")) if given else form
+            fitted = FittedRecipe(facts[0], largest, data, device, form)
+            values = fitted.stage_values(stage, settings.needs_labels)
+            if given:
+                del values["models.lora"]
+            if not recipe.data.evals:
+                del values["evaluate.sampling.max_tokens"]
+            peaks.append(peak_bytes(replace(inputs, recipe=read(values)), OWN_STAGES))
+            if peaks[-1] <= USABLE_MEMORY * device.memory:
+                return values, f"{device.name}, {device.memory / 2**30:.1f} GiB free"
     raise UserError(
         f"models.student: {student.name} needs at least {min(peaks) / 2**30:.1f} GiB with adapters and gradient checkpointing, and "
         f"{device.name} has {device.memory / 2**30:.1f} GiB free; name a smaller model, or use a larger device"
@@ -341,40 +332,27 @@ def token_lengths(student: ModelFolder, texts: Sequence[str]) -> tuple[float, fl
 
 def device_facts(name: str) -> DeviceFacts:
     """The device here (`auto`, `cpu`, `cuda`), or one of the datasheets of `runs.hardware.DEVICES`. Raises UserError."""
-    if name in DEVICES:
-        device = DEVICES[name]
-        return DeviceFacts(
-            "cuda",
-            name,
-            device.memory,
-            UTILISATION * device.flops,
-            f"from its datasheet ({device.source})",
-            device.bandwidth,
-        )
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {name}: must be auto, cpu, cuda or one of {', '.join(DEVICES)}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is here; name the device that will train, such as --device h100")
     kind: Literal["cpu", "cuda"] = "cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda"
-    here = torch.device(kind)
-    title = torch.cuda.get_device_name(here) if kind == "cuda" else f"cpu with {len(os.sched_getaffinity(0))} cores"
-    measured = device_here(here, torch.bfloat16 if kind == "cuda" else torch.float32)
-    rate = f"{measured.flops / 1e9:,.0f} GFLOP/s measured in a matrix product"
-    return DeviceFacts(kind, title, measured.memory, UTILISATION * measured.flops, rate, measured.bandwidth)
+    if name in DEVICES:
+        kind, title, device = "cuda", name, DEVICES[name]
+        source = f"from its datasheet ({device.source})"
+    elif name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or one of {', '.join(DEVICES)}")
+    elif name == "cuda" and kind == "cpu":
+        raise UserError("--device cuda: no CUDA device is here; name the device that will train, such as --device h100")
+    else:
+        here = torch.device(kind)
+        title = torch.cuda.get_device_name(here) if kind == "cuda" else f"cpu with {len(os.sched_getaffinity(0))} cores"
+        device = device_here(here, torch.bfloat16 if kind == "cuda" else torch.float32)
+        source = f"{device.flops / 1e9:,.0f} GFLOP/s measured in a matrix product"
+    return DeviceFacts(kind, title, device.memory, UTILISATION * device.flops, source, device.bandwidth)
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of a matrix product in a dtype."""
-    size = 4096 if device.type == "cuda" else 384
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    return 2.0 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item(), seconds)
-
-
-def _best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """The shortest time of some work that waits for the device, tried for `seconds`: other load only slows it."""
+def _best_seconds(work: Callable[[], object]) -> float:
+    """The shortest time of some work that waits for the device, over MEASURED_SECONDS: other load only slows it."""
     times: list[float] = []
     begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(times) < FEWEST_TRIES:
+    while time.perf_counter() - begun < MEASURED_SECONDS or len(times) < FEWEST_TRIES:
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
@@ -388,5 +366,8 @@ def device_here(device: torch.device, dtype: torch.dtype) -> Device:
     """
     numbers = torch.ones(1 << 22, device=device)
     copied = torch.empty_like(numbers)
-    bandwidth = 2.0 * 4 * len(numbers) / _best_seconds(lambda: copied.copy_(numbers)[0].item(), MEASURED_SECONDS)
-    return Device(measured_flops(device, dtype, MEASURED_SECONDS), free_memory(device) or 0.0, bandwidth, "measured")
+    bandwidth = 2.0 * 4 * len(numbers) / _best_seconds(lambda: copied.copy_(numbers)[0].item())
+    size = 4096 if device.type == "cuda" else 384
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    flops = 2.0 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item())
+    return Device(flops, free_memory(device) or 0.0, bandwidth, "measured")

@@ -1,4 +1,4 @@
-"""Doctor checks of model folders, tokenizers, vocabularies and stop ids; no weights are loaded."""
+"""Doctor checks of model folders, tokenizers, vocabularies, stop ids and adapters; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from functools import partial
 from typing import Any
 
 from headwater.doctor.context import MAX_COMPARED_CHARACTERS, DoctorContext
-from headwater.doctor.finding import Finding, error, note, try_each, warning
+from headwater.doctor.finding import Finding, error, few, note, try_each, warning
 from headwater.errors import UserError
+from headwater.models.adapter_coverage import coverage
 from headwater.models.prompts import turn_end
 from headwater.models.tokenizer import refuse_different_tokens
+from headwater.runs.plan import base_of
 from headwater.runs.read_once import InputError
+
+MIN_SHARE = 0.9
+"""Share of the layers' weights below which `all-linear` does not mean what it says."""
 
 
 def models_are_readable(context: DoctorContext) -> Iterator[Finding]:
@@ -28,6 +33,32 @@ def trainable_weights(context: DoctorContext) -> Iterator[Finding]:
         except UserError as refusal:
             remedy = "quantized models can only be teachers that do not train"
             yield error("model-unsupported", str(refusal), remedy)
+
+
+def adapters(context: DoctorContext) -> Iterator[Finding]:
+    """Whether adapters can be attached, saved and loaded again, and what share of the layers' weights they cover."""
+    used = dict.fromkeys((base_of(node.start), node.lora(context.recipe)) for node, _ in context.training)
+    trained = [(role, lora) for role in context.roles for base, lora in used if lora and base == role.partition(".")[0]]
+    for role, lora in trained:
+        try:
+            covered = coverage(context.inputs.model_folder(role), lora)
+        except UserError as refusal:
+            remedy = "name linear layers of the model in models.lora.targets, or train all weights (no models.lora)"
+            yield error("adapters-impossible", f"models.{role}: {refusal}", remedy)
+            continue
+        if covered is None or not covered.others:
+            continue
+        everything = lora.targets == "all-linear"
+        partial = covered.share < MIN_SHARE if everything else any("expert" in name for name in covered.others)
+        targets = (
+            "the layers that should train, or train all weights" if everything else "all-linear, or name these too"
+        )
+        yield Finding(
+            "adapters-cover-part",
+            "warning" if partial else "note",
+            f"models.{role}: adapters cover {covered.share:.0%} of the layers' weights; not adapted: {few(list(covered.others))}",
+            f"nothing, if that is intended; otherwise set models.lora.targets to {targets}",
+        )
 
 
 def compared_texts(context: DoctorContext) -> list[str]:
@@ -49,9 +80,9 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
             refuse_different_tokens(student, teacher, ("models.student", f"models.{role}"), texts)
         except UserError as refusal:
             stages = dict.fromkeys(
-                node.stage
-                for node in context.nodes
-                if node.kind == "train" and node.settings and node.settings.needs_teacher and not node.aligns_tokenizers
+                context.recipe_stage(node)
+                for node, stage in context.training
+                if stage.needs_teacher and not node.aligns_tokenizers
             )
             aligned = " and ".join(f"stages.{stage}.dense.tokenizers=prefix" for stage in stages)
             yield error(

@@ -9,14 +9,13 @@ from html import unescape
 from typing import Any, Literal
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, note, warning
+from headwater.doctor.finding import Finding, error, few, note, warning
 from headwater.models.prompts import Prompter, reads_clock, spelt_template
 from headwater.models.rope import mixed_lengths, positions
 from headwater.sampling.vllm_sampler import max_sequence_tokens
 from headwater.tasks.thinking import after_thinking
 from headwater.types import Problem, letters_and_digits
 
-SHOWN = 3
 _BRACKETED = re.compile(r"[<\[◁]\S+[>\]▷]")
 ThinkingState = Literal["open", "closed", "none"]
 
@@ -34,12 +33,12 @@ def templates(context: DoctorContext) -> Iterator[Finding]:
     """A template mismatch does not fail, it biases every token of the distillation (tinker #796: +0.287 nats)."""
     problems, student = context.compared_problems, context.prompter("student")
     for role in context.roles[1:] if problems else ():
-        if role in context.aligned_roles or context.recipe.prompt.teacher is not None:
-            yield from own_prompt(context, role)
-            continue
         teacher, fields = context.prompter(role), f"models.student and models.{role}"
         prompts = student.text(problems[0]), teacher.text(problems[0])
         states = [thinking_state(prompt) for prompt in prompts]
+        if role in context.aligned_roles or context.recipe.prompt.teacher is not None:
+            yield from own_prompt(fields, *prompts)
+            continue
         shown = f"{prompts[0][-40:]!r} and {prompts[1][-40:]!r}, prompt.thinking {str(context.recipe.prompt.thinking).lower()}"
         if states[0] != states[1]:
             yield error(
@@ -62,23 +61,21 @@ def templates(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
-def own_prompt(context: DoctorContext, role: str) -> Iterator[Finding]:
-    """A teacher that is meant to read other words, or another template, than the student."""
-    problem = context.compared_problems[0]
-    prompts = [context.prompter(name).text(problem) for name in ("student", role)]
-    if prompts[0] != prompts[1]:
+def own_prompt(fields: str, student: str, teacher: str) -> Iterator[Finding]:
+    """Prompts of a teacher that is meant to read other words, or another template, than the student."""
+    if student != teacher:
         yield note(
             "prompts-differ",
-            f"models.student and models.{role}: read different prompts ({prompts[0][-40:]!r} and {prompts[1][-40:]!r}), as the recipe "
-            "asks for; only their completions are compared",
+            f"{fields}: read different prompts ({student[-40:]!r} and {teacher[-40:]!r}), as the recipe asks for; only their "
+            "completions are compared",
             "nothing",
         )
-    states = [thinking_state(prompt) for prompt in prompts]
+    states = thinking_state(student), thinking_state(teacher)
     if states[0] != states[1]:
         yield warning(
             "thinking-differs",
-            f"models.student and models.{role}: the thinking block is {states[0]} in the first's prompt and {states[1]} in the "
-            "other's, so one may think where the other answers",
+            f"{fields}: the thinking block is {states[0]} in the first's prompt and {states[1]} in the other's, so one may think "
+            "where the other answers",
             "set prompt.teacher.thinking to what fits the student's completions",
         )
 
@@ -164,9 +161,8 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
 def longest_completion(context: DoctorContext) -> tuple[int, str]:
     """The largest `sampling.max_tokens` of the stages and the evaluations, and the field that sets it."""
     limits = {
-        f"stages.{node.stage}.sampling.max_tokens": node.settings.sampling.max_tokens
-        for node in context.nodes
-        if node.settings is not None and node.kind == "train"
+        f"stages.{context.recipe_stage(node)}.sampling.max_tokens": stage.sampling.max_tokens
+        for node, stage in context.training
     }
     if context.recipe.data.evals:
         limits["evaluate.sampling.max_tokens"] = context.recipe.evaluate.sampling.max_tokens
@@ -210,12 +206,11 @@ def control_tokens(context: DoctorContext) -> Iterator[Finding]:
     names = control_tokens_of(context.inputs.tokenizer("student"))
     spelt = {problem: names.keys() & ids for problem, ids in context.problem_ids if not names.keys().isdisjoint(ids)}
     if spelt:
-        shown = [f"{names[min(ids)]} in {problem.name}" for problem, ids in list(spelt.items())[:SHOWN]]
-        more = f" and {len(spelt) - SHOWN} more" if len(spelt) > SHOWN else ""
+        shown = few([f"{names[min(ids)]} in {problem.name}" for problem, ids in spelt.items()], "; ")
         yield warning(
             "control-tokens-in-problems",
             f"models.student: {len(spelt)} of {len(context.problem_ids)} problems spell control tokens, which its tokenizer does "
-            f"not read as text ({'; '.join(shown)}{more})",
+            f"not read as text ({shown})",
             "remove these problems, or change the spelling in the data (a space within the token)",
         )
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from headwater.config.lora import Lora
-from headwater.config.recipe import Models
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, note, warning
 from headwater.models.adapter_size import adapter_size
@@ -68,24 +67,21 @@ def largest_pending(context: DoctorContext, inputs: RunInputs) -> tuple[float, s
 
 def smaller_settings(context: DoctorContext, needed: float) -> list[tuple[str, float]]:
     """(setting, bytes that the largest node needs with it) of every unused setting that saves memory, the best first."""
-    models = context.recipe.models
-    lora, tried = models.lora, dict[str, Models]()
-    if lora is None:
-        tried["models.lora={r: 16}"] = models.model_copy(update={"lora": Lora()})
-        quantized = Lora(quantize="nf4")
-        tried["models.lora={r: 16, quantize: nf4}"] = models.model_copy(update={"lora": quantized})
+    models, changes = context.recipe.models, dict[str, dict[str, object]]()
+    if models.lora is None:
+        changes["models.lora={r: 16}"] = {"lora": Lora()}
+        changes["models.lora={r: 16, quantize: nf4}"] = {"lora": Lora(quantize="nf4")}
     else:
-        if len(lora.roles) == 1:
-            both = lora.model_copy(update={"roles": ("teacher", "student")})
-            tried["models.lora.roles=[teacher, student]"] = models.model_copy(update={"lora": both})
-        if lora.quantize is None:
-            quantized = lora.model_copy(update={"quantize": "nf4"})
-            tried["models.lora.quantize=nf4"] = models.model_copy(update={"lora": quantized})
+        if len(models.lora.roles) == 1:
+            both = models.lora.model_copy(update={"roles": ("teacher", "student")})
+            changes["models.lora.roles=[teacher, student]"] = {"lora": both}
+        if models.lora.quantize is None:
+            changes["models.lora.quantize=nf4"] = {"lora": models.lora.model_copy(update={"quantize": "nf4"})}
     if models.dtype != "bfloat16":
-        tried["models.dtype=bfloat16"] = models.model_copy(update={"dtype": "bfloat16"})
+        changes["models.dtype=bfloat16"] = {"dtype": "bfloat16"}
     smaller = []
-    for setting, changed in tried.items():
-        recipe = context.recipe.model_copy(update={"models": changed})
+    for setting, change in changes.items():
+        recipe = context.recipe.model_copy(update={"models": models.model_copy(update=change)})
         largest = largest_pending(context, replace(context.inputs, recipe=recipe))
         if largest is not None and largest[0] < needed:
             smaller.append((setting, largest[0]))
@@ -98,16 +94,19 @@ def free_memory(device: torch.device) -> float | None:
         return float(torch.cuda.mem_get_info(device)[0])
     limits = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        limits.append(1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+        limits.append(1024.0 * _value(Path("/proc/meminfo"), "MemAvailable:"))
     with contextlib.suppress(OSError, ValueError, StopIteration):
         cgroup = Path("/sys/fs/cgroup")
-        used = int((cgroup / "memory.current").read_text())
-        stat = (cgroup / "memory.stat").read_text().splitlines()
+        most, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
         # The page cache counts as used, but is freed on demand.
-        cache = next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
-        limits.append(float(int((cgroup / "memory.max").read_text()) - used + cache))
+        limits.append(float(most - used + _value(cgroup / "memory.stat", "inactive_file")))
     return min(limits, default=None)
+
+
+def _value(path: Path, name: str) -> int:
+    """The number after a name in a file of names and numbers."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.split()[:1] == [name])
 
 
 def disk(context: DoctorContext) -> Iterator[Finding]:
@@ -123,8 +122,7 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
             models += model + (kept * checkpoint if stays else 0)
             # Written beside the kept ones, which a stage that is done removes unless they stay.
             next_checkpoint = max(next_checkpoint, checkpoint if stays else (kept + 1) * checkpoint)
-        elif node.kind == "rollouts" and node.settings is not None and node.pool is not None:
-            stage = node.settings
+        elif node.kind == "rollouts" and (stage := node.settings) is not None:
             tokens = context.plan.cached_rollouts(node) * stage.sampling.max_tokens
             top_k, exact = stage.dense.top_k, tokens * shape.vocabulary * 4
             caches += exact if top_k is None else 6 * tokens * min(top_k, shape.vocabulary)

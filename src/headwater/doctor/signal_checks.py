@@ -26,10 +26,10 @@ MIN_ENDED = 4
 
 def answers_found(context: DoctorContext) -> Iterator[Finding]:
     """Whether the grader finds an answer in completions of the models that are rewarded for right ones from their first step."""
-    rewarded = [node for node in context.nodes if node.settings is not None and node.settings.needs_labels]
+    rewarded = [node for node, stage in context.training if stage.needs_labels]
     extract = context.inputs.task.extract if rewarded else None
     for role in context.sampled_roles:
-        stages = [node.stage for node in rewarded if node.kind == "train" and node.start == role]
+        stages = [node.stage for node in rewarded if node.start == role]
         if extract is None or not stages:
             continue
         completion, rollouts = context.prompter(role).completion, context.sample(role).rollouts
@@ -46,15 +46,13 @@ def answers_found(context: DoctorContext) -> Iterator[Finding]:
 
 def distillation_first(context: DoctorContext) -> Iterator[Finding]:
     """Arms that distil the teacher as it is, although there are labels that could train it first."""
-    if len(context.local("teacher")) != 1 or any(
-        node.kind == "train" and node.role == "teacher" for node in context.nodes
-    ):
+    if len(context.local("teacher")) != 1 or any(node.role == "teacher" for node, _ in context.training):
         return  # a teacher that is not trained here, or a study that compares both
     labels, stages = len(context.inputs.pools.all), untrained_distillations(context)
     if labels and stages:
         yield note(
             "teacher-not-trained",
-            f"{_steps(context, stages)} distil models.teacher as it is; {labels} labels could train it first",
+            f"{stages} distil models.teacher as it is; {labels} labels could train it first",
             "nothing if it solves these problems much better than the student (`headwater probe` measures both and advises); else "
             "--arm bridge",
         )
@@ -66,12 +64,10 @@ def early_stop(context: DoctorContext) -> Iterator[Finding]:
     It estimates from the share of informative groups that a probe in the run's folder measured, else from MIN_INFORMATIVE.
     """
     guards = context.recipe.guards
-    for node in context.nodes if guards.no_signal == "stop" else ():
-        stage, base = node.settings, node.start
-        if node.kind != "train" or stage is None or node.pool is None or not stage.needs_labels:
+    for node, stage in context.training if guards.no_signal == "stop" else ():
+        if not stage.needs_labels or context.steps(node) < guards.patience:
             continue
-        if context.inputs.steps(node.pool, stage) < guards.patience:
-            continue
+        base = node.start
         measured = None if isinstance(base, Node) else probed_share(context.out, base)
         share, groups = measured if measured is not None else MIN_INFORMATIVE, guards.patience * stage.prompts_per_step
         chance = (1.0 - share) ** groups
@@ -116,7 +112,7 @@ def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:
         if stages:
             yield warning(
                 "teacher-is-student",
-                f"{evidence}, and {_steps(context, stages)} distil it as it is: they would change nothing",
+                f"{evidence}, and {stages} distil it as it is: they would change nothing",
                 "name a stronger teacher, or train the student on the labels (--arm direct_grpo)",
             )
         else:
@@ -131,14 +127,8 @@ def own_start(context: DoctorContext) -> Iterator[Finding]:
     """A dense stage whose only teacher is the student as the stage begins, in the same words: every gradient of it is 0."""
     if context.recipe.prompt.teacher is not None:
         return
-    for node in context.nodes:
-        settings = node.settings
-        if (
-            node.kind == "train"
-            and settings is not None
-            and not settings.needs_labels
-            and set(scorers(node)) == {node.start}
-        ):
+    for node, stage in context.training:
+        if not stage.needs_labels and set(scorers(node)) == {node.start}:
             yield warning(
                 "start-teaches-nothing",
                 f"stages.{node.stage}.dense.teacher_weights: the only teacher is the student as the stage begins, and it reads the "
@@ -147,16 +137,10 @@ def own_start(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
-def untrained_distillations(context: DoctorContext) -> list[Node]:
-    """Stages of the student that distil a base teacher."""
-    return [node for node in context.nodes if node.kind == "train" and supervisor(node) == "teacher"]
+def untrained_distillations(context: DoctorContext) -> str:
+    """The student's stages that distil a base teacher, with their steps; empty without any.
 
-
-def _steps(context: DoctorContext, stages: list[Node]) -> str:
-    """Example: `warmup (40 steps) and opd (80 steps)`."""
-    steps = {
-        node.stage: context.inputs.steps(node.pool, node.settings)
-        for node in stages
-        if node.pool is not None and node.settings is not None
-    }
+    Example: `warmup (40 steps) and opd (80 steps)`.
+    """
+    steps = {node.stage: context.steps(node) for node, _ in context.training if supervisor(node) == "teacher"}
     return " and ".join(f"{stage} ({count} step{'s' if count != 1 else ''})" for stage, count in steps.items())

@@ -56,37 +56,33 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
                 "do not train the teacher (raw_teacher), or name one folder",
             )
         if servers and node.settings is not None and "teacher" in (node.teacher, node.start):
-            yield from _server_limits(node, node.settings, servers[0])
+            for field, reason in _server_limits(node, node.settings):
+                yield cannot_run(
+                    f"stages.{context.recipe_stage(node)}.{field}: models.teacher is a server ({servers[0]}), {reason}"
+                )
 
 
-def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
-    name = "warmup" if node.kind == "rollouts" else node.stage
+def _server_limits(node: Node, stage: Stage) -> Iterator[tuple[str, str]]:
+    """(field of the stage, why a server cannot do what it asks for)."""
     scores = node.kind == "train" or "teacher" in stage.signals
     if scores and stage.dense.divergence == "uld":
-        yield cannot_run(
-            f"stages.{name}.dense.divergence: models.teacher is a server ({server}), and uld sorts whole distributions; take another "
-            "divergence, or name a folder",
-        )
+        yield "dense.divergence", "and uld sorts whole distributions; take another divergence, or name a folder"
     elif scores and stage.dense.exact and stage.dense.top_k is None:
-        yield cannot_run(
-            f"stages.{name}.dense.top_k: models.teacher is a server ({server}), which gives the top-k log-probs and not the whole "
-            "distribution; set it (for example 64, with --max-logprobs 64 at the server)",
+        yield (
+            "dense.top_k",
+            "which gives the top-k log-probs and not the whole distribution; set it (for example 64, with --max-logprobs 64 at the "
+            "server)",
         )
     for field in ("teacher_weights", "gain_over"):
         if getattr(stage.dense, field) is not None:
-            yield cannot_run(
-                f"stages.{name}.dense.{field}: models.teacher is a server ({server}), and several models are combined by their "
-                "whole distributions; name a folder",
-            )
+            yield f"dense.{field}", "and several models are combined by their whole distributions; name a folder"
     if stage.sampling.temperature != 1.0:
-        yield cannot_run(
-            f"stages.{name}.sampling.temperature: models.teacher is a server ({server}), which scores at temperature 1 only",
-        )
+        yield "sampling.temperature", "which scores at temperature 1 only"
 
 
 def one_tokenizer(context: DoctorContext) -> Iterator[Finding]:
     """Teachers by tag may have another tokenizer than the student, and have one among themselves."""
-    stages = [node.stage for node in context.nodes if node.kind == "train" and node.aligns_tokenizers]
+    stages = [context.recipe_stage(node) for node, _ in context.training if node.aligns_tokenizers]
     if not stages or not isinstance(context.recipe.models.teacher, dict):
         return
     first, *others = (name.removeprefix("models.") for name in context.recipe.models.named("teacher"))
@@ -114,25 +110,21 @@ def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
 
 def normalized_tags(context: DoctorContext) -> Iterator[Finding]:
     """A loss that is normalized by tag needs problems of several tags."""
-    stages = {
-        "warmup" if node.kind == "rollouts" else node.stage: node.settings
-        for node in context.nodes
-        if node.settings is not None and node.settings.dense.normalize == "tags"
-    }
+    stages = dict.fromkeys(
+        context.recipe_stage(node) for node, stage in context.training if stage.dense.normalize == "tags"
+    )
     tags = {problem.tag for problem in context.inputs.all_problems} if stages else set()
-    for name in stages if len(tags) == 1 else ():
+    for stage in stages if len(tags) == 1 else ():
         tag = next(iter(tags))
         have = f"have the tag {tag!r}" if tag else "have no tag (data.columns.tag names their column)"
-        yield cannot_run(f"stages.{name}.dense.normalize: is tags, and all problems {have}; leave it out")
+        yield cannot_run(f"stages.{stage}.dense.normalize: is tags, and all problems {have}; leave it out")
 
 
 def server_tokens(context: DoctorContext) -> Iterator[Finding]:
     """A server must give the student's ids for the same text and for the same chat."""
     for role in context.served_teachers:
-        student, served = (
-            replace(context.prompter("student"), day=None),
-            context.inputs.tokenizer(role),
-        )  # a server's clock runs
+        student = replace(context.prompter("student"), day=None)  # a server's clock runs
+        served = context.inputs.tokenizer(role)
         field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
         local = context.inputs.served_tokenizer
         try:
@@ -193,10 +185,10 @@ def replicas(context: DoctorContext) -> Iterator[Finding]:
 
 def candidates(context: DoctorContext) -> Iterator[Finding]:
     """Tokens that the student chooses are scored by servers, and not by every server."""
-    stages = [n for n in context.nodes if n.settings is not None and n.settings.dense.candidates != "teacher"]
+    stages = [node.stage for node, stage in context.training if stage.dense.candidates != "teacher"]
     if stages and not context.served_teachers:
         yield cannot_run(
-            f"stages.{stages[0].stage}.dense.candidates: models.teacher is not behind a server, and its whole distribution is "
+            f"stages.{stages[0]}.dense.candidates: models.teacher is not behind a server, and its whole distribution is "
             "compared; leave it out"
         )
     for role in context.served_teachers if stages else ():
@@ -233,6 +225,5 @@ def servers(context: DoctorContext) -> Iterator[Finding]:
             try:
                 check_scoring(teacher, teacher.tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
             except HeadwaterError as refusal:
-                max_logprobs = f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
-                remedy = max_logprobs if top_k else "serve the model with vLLM"
-                yield error("server-unusable", str(refusal), remedy)
+                more = f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
+                yield error("server-unusable", str(refusal), more if top_k else "serve the model with vLLM")

@@ -57,10 +57,8 @@ def alignment(context: DoctorContext) -> Iterator[Finding]:
             )
         else:
             yield note("tokenizers-aligned", evidence, "nothing")
-        used = context.recipe.stages.named
-        if figures.single < MIN_SINGLE and any(
-            used[name].dense.tokenizers == "shared" for name in stages if name in used
-        ):
+        shared = any(context.recipe.stages.require(stage).dense.tokenizers == "shared" for stage in stages)
+        if shared and figures.single < MIN_SINGLE:
             yield warning(
                 "shared-tokens-mislead",
                 f"{fields}: only {figures.single:.1%} of the spans are one token on both sides, and {where} is shared: where the "

@@ -24,64 +24,56 @@ SMALL_TOP_K, LARGE_VOCABULARY = 8, 1000
 
 def learning_rates(context: DoctorContext) -> Iterator[Finding]:
     """Learning rates against what is published for a pretrained model of this size. A model without pretraining is not judged."""
-    for node in context.nodes:
-        base = base_of(node.start)
-        if node.kind != "train" or node.settings is None or base not in context.roles:
+    for node, stage in context.training:
+        base, adapters = base_of(node.start), node.lora(context.recipe) is not None
+        if base not in context.roles:
             continue
-        stage, adapters = node.settings, node.lora(context.recipe) is not None
         parameters = context.inputs.shape(base).parameters
         signal, rate = signal_of(stage), stage.optim.lr
         verdict, rates = judge_rate(rate, signal, adapters, parameters), RATES[signal, adapters]
         if verdict is None or (verdict == "high" and not shows_pretraining(context, base)):
             continue
-        field = f"stages.{_field(context, node.stage)}.optim.lr"
+        field = f"stages.{context.recipe_stage(node)}.optim.lr"
         trained = "adapters on" if adapters else "all weights of"
         size = f"{parameters / 1e6:,.0f} million parameters, pretrained"
         evidence = f"{field}: {rate:g} trains {trained} models.{base} ({size})"
-        rate_to_set = suggested_rate(signal, adapters, parameters)
-        small = "; small models take more" if rate_to_set > rates.usual else ""
-        suggested = f"set {field}={rate_to_set:g} (published: {rates.source}{small})"
+        suggested = suggested_rate(signal, adapters, parameters)
+        small = "; small models take more" if suggested > rates.usual else ""
+        remedy = f"set {field}={suggested:g} (published: {rates.source}{small})"
         if verdict == "high":
             other = "" if adapters else f", or train adapters (models.lora) at {RATES[signal, True].usual:g}"
             yield warning(
                 "learning-rate-high",
                 f"{evidence}; above {rates.high:g} the steps are large enough to destroy what it has learned",
-                suggested + other,
+                remedy + other,
             )
         else:
             yield warning(
                 "learning-rate-low",
                 f"{evidence}; below {rates.low:g} adapters hardly change a model in a few hundred steps",
-                suggested,
+                remedy,
             )
 
 
 def settings_without_effect(context: DoctorContext) -> Iterator[Finding]:
     """Settings of the teacher's signal in a stage without a teacher, and of the reward's in a stage without a reward."""
     for name, stage in context.recipe.stages.named.items():
-        trained = [node.settings for node in context.nodes if node.kind == "train" and node.stage == name]
-        if not trained or any(settings is None or settings.objective != stage.objective for settings in trained):
-            continue  # some arms run the stage with another objective
-        parts = [("dense", stage.dense, stage.needs_teacher), ("sparse", stage.sparse, "reward" in stage.spec.signals)]
-        for part, values, used in parts:
-            changed = [
-                field
-                for field in type(values).model_fields
-                if getattr(values, field) != type(values).model_fields[field].default
-            ]
+        objectives = {settings.objective for node, settings in context.training if node.stage == name}
+        if objectives != {stage.objective}:
+            continue  # no arm runs the stage, or some with another objective
+        parts = [
+            ("dense", stage.dense, "teacher", stage.needs_teacher),
+            ("sparse", stage.sparse, "reward", "reward" in stage.spec.signals),
+        ]
+        for part, values, signal, used in parts:
+            changed = values.model_dump(exclude_defaults=True)
             if changed and not used:
-                signal = "teacher" if part == "dense" else "reward"
                 fields = " and ".join(f"stages.{name}.{part}.{field}" for field in changed)
                 yield warning(
                     "setting-without-effect",
                     f"{fields}: objective {stage.objective} has no {signal}",
                     "remove the setting, or move it to the stage that it was meant for",
                 )
-
-
-def _field(context: DoctorContext, stage: str) -> str:
-    """The recipe's name of a stage's settings: fine-tuning takes the warm-up's where it has none of its own."""
-    return "warmup" if stage == "sft" and context.recipe.stages.sft is None else stage
 
 
 def shows_pretraining(context: DoctorContext, role: str) -> bool:
@@ -145,7 +137,7 @@ def whole_completions(context: DoctorContext, role: str, sample: Sample) -> tupl
 
 def sampling_ahead(context: DoctorContext) -> Iterator[Finding]:
     """`compute.overlap` in a plan without a stage that samples from its own policy."""
-    if context.recipe.compute.overlap and not any(node.settings and node.settings.on_policy for node in context.nodes):
+    if context.recipe.compute.overlap and not any(stage.on_policy for _, stage in context.training):
         yield error(
             "overlap-without-sampling",
             "compute.overlap: no stage of these arms samples from its policy; warm-up reads the teacher's rollouts",

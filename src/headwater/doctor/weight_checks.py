@@ -21,7 +21,6 @@ from headwater.types import Rollout
 # Bounds in nats for float32 and bfloat16: float32 leaves 1e-6 and less, bfloat16 about 1e-2 a token.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 SELF_KL = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def finite(context: DoctorContext) -> Iterator[Finding]:
@@ -87,7 +86,7 @@ def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:
         sample = context.sample(role)
         trainer_logp = logp_of(sample.policy, sample.rollouts, context.recipe.compute.microbatch_tokens)
         gap = mean_gap([torch.tensor(rollout.sampler_logp) for rollout in sample.rollouts], trainer_logp)
-        bound = GAP[sample.policy.compute_dtype]
+        bound = AGREEMENT[sample.policy.compute_dtype]
         if not gap <= bound:
             yield error(
                 "sampler-trainer-gap",

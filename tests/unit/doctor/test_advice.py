@@ -226,9 +226,9 @@ def test_saturated_teacher_no_better_than_its_student_is_not_distilled() -> None
     assert advice.where == "student" and "raw_teacher" not in advice.because
 
 
-GAIN = evidence.Evidence("bridge_plus", "bridge", 9.0, 8.0, 10.0, 5, "pocket", needs_prompts=True)
-SMALLER = evidence.Evidence("short_rl", "bridge", 3.0, 1.0, 5.0, 5, "pocket", needs_prompts=False)
-NO_GAIN = evidence.Evidence("opd2", "bridge", 20.0, -1.0, 41.0, 2, "pocket", needs_prompts=False)
+GAIN = evidence.Evidence("bridge_plus", 9.0, 8.0, 10.0, 5, "pocket", needs_prompts=True)
+SMALLER = evidence.Evidence("short_rl", 3.0, 1.0, 5.0, 5, "pocket", needs_prompts=False)
+NO_GAIN = evidence.Evidence("opd2", 20.0, -1.0, 41.0, 2, "pocket", needs_prompts=False)
 
 
 @pytest.mark.parametrize(("spare", "arm"), [(1744, "bridge_plus"), (0, "short_rl")])
@@ -258,6 +258,6 @@ def test_evidence_agrees_with_results_page() -> None:
     page = (Path(__file__).parents[3] / "docs" / "results.md").read_text(encoding="utf-8").replace("−", "-")
     assert evidence.MEASURED
     for row in evidence.MEASURED:
-        lines = [line for line in page.splitlines() if line.startswith(f"| `{row.arm}` - `{row.over}` |")]
+        lines = [line for line in page.splitlines() if line.startswith(f"| `{row.arm}` - `bridge` |")]
         figures = f"| {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}] |"
         assert any(figures in line for line in lines), row

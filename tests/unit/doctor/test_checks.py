@@ -299,6 +299,15 @@ def test_prompt_and_completion_beyond_positions_are_refused(tmp_path: Path) -> N
     assert "(evaluate.sampling.max_tokens 501)" in finding.evidence
 
 
+def test_fine_tuning_without_own_settings_names_fields_of_warmup(tmp_path: Path) -> None:
+    context = context_of(tmp_path, "stages.warmup.sampling.max_tokens=500", arms=("teacher_sft",))
+    (finding, _) = prompt_checks.context_length(context)
+    assert "(stages.warmup.sampling.max_tokens 500)" in finding.evidence
+    own = "stages.sft={steps: 2, sampling: {max_tokens: 500}}"
+    (finding, _) = prompt_checks.context_length(context_of(tmp_path, own, arms=("teacher_sft",)))
+    assert "(stages.sft.sampling.max_tokens 500)" in finding.evidence
+
+
 LONGROPE = {  # the shortest prompt has 13 tokens, the longest 19
     "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 51,
     "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,

@@ -28,6 +28,7 @@ from headwater.models.folder import ModelFolder
 from headwater.runs.estimate import estimates
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
+from headwater.tasks.verifier import Verifier
 from headwater.types import problem_id
 from qwen import qwen_folder
 from runs import call
@@ -93,6 +94,13 @@ def test_fitted_recipe_measures_lengths_in_student_tokens(tmp_path: Path) -> Non
     assert f"2 × {length} tokens, the 95th percentile of the worked solutions (mean {length})" in written(
         data=data, task="sums"
     )
+
+
+def test_fitted_recipe_closes_its_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Verifier] = []
+    monkeypatch.setattr(Verifier, "close", lambda verifier: closed.append(verifier))
+    written(data=sums(tmp_path / "sums.jsonl", 40), task="sums")
+    assert len(closed) == 1
 
 
 def test_percentile_of_token_lengths() -> None:
