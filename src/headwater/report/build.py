@@ -11,10 +11,9 @@ would have had to train it. Costs are means per seed over the finished seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from headwater.config.arms import DESCRIPTIONS
 from headwater.report import conditions
@@ -140,9 +139,5 @@ def _majority(by_seed: Mapping[int, EvalCounts]) -> dict[str, Any] | None:
     """maj@k; None unless every seed has it, since a mean over fewer seeds than the accuracy's would mislead."""
     if any(counts.majority is None for counts in by_seed.values()):
         return None
-    return {"k": min(counts.samples for counts in by_seed.values()), **summarize_seeds(by_seed, _votes)}
-
-
-def _votes(counts: EvalCounts) -> np.ndarray:
-    assert counts.majority is not None
-    return counts.majority
+    votes = summarize_seeds(by_seed, attrgetter("majority"))
+    return {"k": min(counts.samples for counts in by_seed.values()), **votes}

@@ -11,8 +11,9 @@ from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import figures
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
-from headwater.report.verdict import failure_word
-from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
+from headwater.report.stages import accuracy_and_best, largest_k
+from headwater.report.verdict import failure_state
+from headwater.report.view import Column, RowHeader, Section, Table, evaluation_column, interval_axis
 
 Cost = Callable[[dict[str, Any]], float]
 
@@ -20,8 +21,7 @@ Cost = Callable[[dict[str, Any]], float]
 def arms(report: dict[str, Any]) -> Section:
     """One row per arm and evaluation: accuracy with its interval, the arm's costs, and pass@k and maj@k where k is above 1."""
     evals = report["evals"] or [""]
-    largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
-    k = largest.pop() if len(largest) == 1 else "k"
+    k = largest_k(report)
     rows = [_row(report, name, eval_name, k) for name in report["arms"] for eval_name in evals]
     scores = [row["accuracy"] for row in rows if row["accuracy"]]
     axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))}\u00a0%")
@@ -31,12 +31,12 @@ def arms(report: dict[str, Any]) -> Section:
     ]
     columns = [
         Column("arm", itemgetter("header"), spans=True),
-        *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
+        *evaluation_column(evals),
         *(accuracy if report["evals"] else []),
         Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
         Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
         Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
-        *([Column(f"pass@{k},\u00a0%", itemgetter("pass"), "right")] if has_several_samples(report) else []),
+        *([Column(f"pass@{k},\u00a0%", itemgetter("pass"), "right")] if k != "1" else []),
         *([Column(f"maj@{k},\u00a0%", itemgetter("maj"), "right")] if any(row["maj"] for row in rows) else []),
         Column("checks", lambda row: count(row["costs"]["labels"]["checks"]), "right", spans=True),
         Column("sampled", lambda row: units(row["costs"]["tokens"]["sampled"]), "right", spans=True),
@@ -49,9 +49,8 @@ def arms(report: dict[str, Any]) -> Section:
     caption += f" (and {count(validation)} validation labels)" if validation else ""
     notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in non_training_notes(report)]
     table = Table(caption, columns, rows, rows_per_entry=len(evals))
-    return Section(
-        "Arms", "arms", {"table": table, "notes": notes, "accuracy": bool(report["evals"])}, tuple(_forests(report))
-    )
+    view = {"table": table, "notes": notes, "accuracy": bool(report["evals"])}
+    return Section("Arms", "arms", view, tuple(_forests(report)))
 
 
 def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> dict[str, Any]:
@@ -59,35 +58,26 @@ def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> di
     arm = report["arms"][name]
     # The top of the page has the sentences of the failures: a column of names is too narrow for them.
     warnings = [f"unfinished on seed {seed}" for seed in arm["unfinished"]]
-    for seed, failure in arm["failed"].items():
-        state = failure_word(failure).lower() if failure["state"] == "failed" else failure["state"]
-        warnings.append(f"{state} on seed {seed}")
+    warnings += [f"{failure_state(failure)} on seed {seed}" for seed, failure in arm["failed"].items()]
     row = dict.fromkeys(("accuracy", "mean", "interval", "pass", "maj"))
     row |= {"header": RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings)), "eval": eval_name, "costs": arm}
-    accuracy = arm["accuracy"].get(eval_name)
-    if accuracy is not None:
+    measured = accuracy_and_best(arm, eval_name)
+    if measured is not None:
+        accuracy, majority = arm["accuracy"][eval_name], arm["maj_at_k"][eval_name]
+        suffix = "" if common_k == str(measured["k"]) else f" (k={measured['k']})"
         row |= {
             "accuracy": accuracy,
             "mean": f"{percent(accuracy['mean'])}\n[{percent(accuracy['low'])}, {percent(accuracy['high'])}]",
             "interval": _interval(report, name, eval_name),
+            "pass": f"{percent(measured['best_of_k'])}{suffix}",
+            "maj": f"{percent(majority['mean'])}{suffix}" if majority and majority["k"] > 1 else None,
         }
-        k, best = list(arm["pass_at_k"][eval_name].items())[-1]
-        majority, suffix = arm["maj_at_k"][eval_name], "" if common_k == k else f" (k={k})"
-        row["pass"] = f"{percent(best['mean'])}{suffix}"
-        row["maj"] = f"{percent(majority['mean'])}{suffix}" if majority and majority["k"] > 1 else None
     return row
 
 
-def has_several_samples(report: dict[str, Any]) -> bool:
-    """Whether any problem was sampled more than once: with one sample, pass@k is the accuracy."""
-    return any(list(by_k) != ["1"] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values())
-
-
 def _interval(report: dict[str, Any], arm: str, eval_name: str) -> Interval:
-    accuracy = report["arms"][arm]["accuracy"][eval_name]
     before = report["arms"].get("base_student", {}).get("accuracy", {}).get(eval_name)
-    level, seeds = before["mean"] if before else None, tuple(accuracy["per_seed"].values())
-    return Interval(accuracy["mean"], accuracy["low"], accuracy["high"], level, seeds)
+    return Interval.of(report["arms"][arm]["accuracy"][eval_name], before and before["mean"])
 
 
 def _forests(report: dict[str, Any]) -> Iterator[Plot]:
@@ -121,10 +111,8 @@ def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, cost: Cost) -> It
         rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
         series = []
         for style, name in enumerate(points):
-            x, mean, low, high = (
-                cost(arms[name]),
-                *(arms[name]["accuracy"][eval_name][key] for key in ("mean", "low", "high")),
-            )
+            x, accuracy = cost(arms[name]), arms[name]["accuracy"][eval_name]
+            mean, low, high = (accuracy[key] for key in ("mean", "low", "high"))
             series.append(Series(name, style, [x], [mean], [low], [high]))
             rows.append((name, x, mean, low, high))
         for name in [name for name in BASE_MODELS if name in arms]:

@@ -10,7 +10,7 @@ from typing import Any
 from headwater.config.arms import ARMS
 from headwater.errors import TrainingStoppedError
 from headwater.report.contrasts import COMPARISON, difference_text, find_contrast, reading, sample_size
-from headwater.report.format import count, join_and, percent, units
+from headwater.report.format import count, counted, join_and, percent, units
 from headwater.report.predictions import reading_text
 
 P1_ARMS = ("raw_teacher", "direct_grpo", "bridge")
@@ -148,8 +148,7 @@ def uninformative(report: dict[str, Any]) -> list[str]:
             # The sentence of a stage that stopped for it says why already.
             silent = [] if arm["failed"] else [row for row in rows if row["no_signal"]]
             causes = " ".join(dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in silent))
-            labels = arm["labels"]["distinct"]
-            arms.setdefault(causes, []).append(f"{name} ({count(labels)} label{'s' * (labels != 1)})")
+            arms.setdefault(causes, []).append(f"{name} ({counted(arm['labels']['distinct'], 'label')})")
     sentences = [
         f"Labels had no effect in {', '.join(names)}: rewards were equal within every group. {causes}".rstrip()
         for causes, names in arms.items()
@@ -193,6 +192,11 @@ def failure_word(failure: dict[str, Any]) -> str:
     """`Stopped` for training that a guard or the loop stopped at a step, which can go on from there; else `Failed`."""
     at_step = re.match(r"\w+, step \d+ of \d+: ", failure["sentence"])
     return "Stopped" if failure["code"] == TrainingStoppedError.exit_code and at_step else "Failed"
+
+
+def failure_state(failure: dict[str, Any]) -> str:
+    """State of an arm: `stopped`, `failed`, or `not run` where a node before its last one failed."""
+    return failure_word(failure).lower() if failure["state"] == "failed" else str(failure["state"])
 
 
 def _unfinished(report: dict[str, Any]) -> list[str]:
