@@ -148,14 +148,11 @@ def _results_by_seed(study: Study, a: str, b: str, eval_name: str) -> list[dict[
     """
     results = [study.results(a, eval_name), study.results(b, eval_name)]
     for side, arm in enumerate((a, b)):
-        if results[side] and not _is_trained(study, arm):
+        trained = any(node.trained for nodes in study.arms[arm].values() for node in nodes)
+        if results[side] and not trained:
             first = next(iter(results[side].values()))
             results[side] = {seed: results[side].get(seed, first) for seed in results[0].keys() | results[1].keys()}
     return results
-
-
-def _is_trained(study: Study, arm: str) -> bool:
-    return any(node.trained for nodes in study.arms[arm].values() for node in nodes)
 
 
 # Selection and text of contrasts --------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
 
 
 def training_costs(arm: dict[str, Any]) -> str:
-    """Costs of an arm of report.json. Example: `256 labels, 1.46 TFLOPs and 38\u00a0s of training`; empty for an untrained model."""
+    """Costs of an arm of report.json. Example: `256 labels, 1.46 TFLOPs and 38 s of training`; empty for an untrained model."""
     if not arm["flops"]:
         return ""
     labels, flops = counted(arm["labels"]["distinct"], "label"), units(arm["flops"], "FLOPs")

@@ -7,7 +7,7 @@ from typing import Any
 
 from headwater.report.contrasts import estimate_text, find_contrast, reading
 from headwater.report.format import join_and, percent, training_costs
-from headwater.report.stages import stage_name
+from headwater.report.stages import accuracies, stage_name
 from headwater.report.study import Node, Study
 from headwater.report.verdict import failure_word, measured_in_training, uninformative
 from headwater.report.watch import is_locked
@@ -26,7 +26,7 @@ def _main_result(report: dict[str, Any]) -> str:
     if not report["evals"]:
         return " ".join(measured_in_training(report)) or "No arm has a result yet."
     eval_name = report["evals"][0]
-    scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
+    scores = accuracies(report["arms"], eval_name)
     accuracy = {name: f"{percent(score['mean'])}\u00a0%" for name, score in scores.items()}
     spent = {name: training_costs(report["arms"][name]) for name in scores}
     costs = {name: f"with {text}" if text else "without training" for name, text in spent.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -11,11 +11,9 @@ from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import figures
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
-from headwater.report.stages import accuracy_and_best, largest_k
+from headwater.report.stages import accuracies, accuracy_and_best, largest_k
 from headwater.report.verdict import failure_state
 from headwater.report.view import Column, RowHeader, Section, Table, evaluation_column, interval_axis
-
-Cost = Callable[[dict[str, Any]], float]
 
 
 def arms(report: dict[str, Any]) -> Section:
@@ -83,8 +81,7 @@ def _interval(report: dict[str, Any], arm: str, eval_name: str) -> Interval:
 def _forests(report: dict[str, Any]) -> Iterator[Plot]:
     """A forest plot of the arms per evaluation, for figures/ only: the page shows the same in its table."""
     for eval_name in report["evals"]:
-        arms = [name for name, arm in report["arms"].items() if eval_name in arm["accuracy"]]
-        estimates = [(name, _interval(report, name, eval_name)) for name in arms]
+        estimates = [(name, _interval(report, name, eval_name)) for name in accuracies(report["arms"], eval_name)]
         yield figures.forest(file_stem("accuracy", eval_name), f"Accuracy on {eval_name}", estimates, "%")
 
 
@@ -92,9 +89,10 @@ def costs(report: dict[str, Any]) -> Section | None:
     """Accuracy against labels and against training FLOPs, on the first evaluation, where arms differ in that cost."""
     labels = ValueAxis("distinct labels, mean per seed", format=count)
     flops = ValueAxis("training FLOPs, mean per seed", format=_short_units, log=True)
+    arms = report["arms"].items()
     plots = [
-        *_accuracy_by_cost(report, labels, lambda arm: arm["labels"]["distinct"]),
-        *_accuracy_by_cost(report, flops, lambda arm: arm["flops"]),
+        *_accuracy_by_cost(report, labels, {name: arm["labels"]["distinct"] for name, arm in arms}),
+        *_accuracy_by_cost(report, flops, {name: arm["flops"] for name, arm in arms}),
     ]
     return Section("Labels and compute", "costs", {"plots": plots}, tuple(plots)) if plots else None
 
@@ -104,22 +102,21 @@ def _short_units(flops: float) -> str:
     return re.sub(r"\.0+(?=\D|$)", "", units(flops))
 
 
-def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, cost: Cost) -> Iterator[Plot]:
+def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, costs: Mapping[str, float]) -> Iterator[Plot]:
     for eval_name in report["evals"][:1]:
-        arms = {name: arm for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
-        points = [name for name in arms if name not in BASE_MODELS and (cost(arms[name]) > 0 or not axis.log)]
+        measured = accuracies(report["arms"], eval_name)
+        points = [name for name in measured if name not in BASE_MODELS and (costs[name] > 0 or not axis.log)]
         rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
         series = []
         for style, name in enumerate(points):
-            x, accuracy = cost(arms[name]), arms[name]["accuracy"][eval_name]
-            mean, low, high = (accuracy[key] for key in ("mean", "low", "high"))
-            series.append(Series(name, style, [x], [mean], [low], [high]))
-            rows.append((name, x, mean, low, high))
-        for name in [name for name in BASE_MODELS if name in arms]:
-            level = arms[name]["accuracy"][eval_name]["mean"]
+            mean, low, high = (measured[name][key] for key in ("mean", "low", "high"))
+            series.append(Series(name, style, [costs[name]], [mean], [low], [high]))
+            rows.append((name, costs[name], mean, low, high))
+        for name in [name for name in BASE_MODELS if name in measured]:
+            level = measured[name]["mean"]
             series.append(Series(name, None, (), [level]))
             rows.append((name, "", level, "", ""))
-        if len({cost(arms[name]) for name in points}) > 1:
+        if len({costs[name] for name in points}) > 1:
             quantity = axis.label.split(",")[0]
             stem = file_stem("cost", quantity.replace(" ", "_"), eval_name)
             panels = {f"Accuracy on {eval_name} against {quantity}, %": series}

@@ -90,20 +90,21 @@ def curves(study: Study) -> Section | None:
 
 def with_evaluations(node: Node) -> list[dict[str, Any]]:
     """The node's metrics, and its accuracy on held-out problems at the steps where it was evaluated."""
+    by_step = node.evals_by_step
+    if by_step and node.metrics:  # the final evaluation ends a curve but is none by itself
+        last = node.metrics[-1]["step"]
+        by_step = by_step | {last: by_step.get(last, {}) | node.evals}
     rows = [
         {"step": step, f"{ACCURACY}{name}": float(accuracy(counts).mean())}
-        for step, evals in node.evals_by_step.items()
+        for step, evals in by_step.items()
         for name, counts in evals.items()
     ]
-    last = node.metrics[-1]["step"] if node.metrics else None
-    if rows and last is not None:  # the final evaluation ends a curve but is none by itself
-        rows += [{"step": last, f"{ACCURACY}{name}": float(accuracy(n).mean())} for name, n in node.evals.items()]
     return [*node.metrics, *rows]
 
 
 def _evals_during_training(study: Study) -> list[str]:
-    nodes = (node for _, by_seed in study.stage_groups() for node in by_seed.values())
-    return list(dict.fromkeys(name for node in nodes for evals in node.evals_by_step.values() for name in evals))
+    by_step = [evals for node in study.nodes.values() for evals in node.evals_by_step.values()]
+    return list(dict.fromkeys(name for evals in by_step for name in evals))
 
 
 def panels_by_stage(

@@ -12,13 +12,7 @@ from headwater.report.conditions import distance
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import percent, shortened
 from headwater.report.html_curves import HELD_OUT_METRICS, TITLES, panels_by_stage
-from headwater.report.stages import (
-    C2_MEASURES,
-    accuracy_and_best,
-    accuracy_steps,
-    largest_k,
-    stage_name,
-)
+from headwater.report.stages import C2_MEASURES, accuracy_and_best, accuracy_steps, largest_k, stage_name
 from headwater.report.study import POOL_TEXT, Study
 from headwater.report.view import Column, Section, Table
 

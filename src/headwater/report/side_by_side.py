@@ -19,6 +19,7 @@ from headwater.report.format import accuracy_text, count, duration, percent, tra
 from headwater.report.html_contrasts import SIZE, difference_columns
 from headwater.report.html_curves import curves
 from headwater.report.render import render
+from headwater.report.stages import accuracies
 from headwater.report.study import Study, read_study
 from headwater.report.verdict import failure_state
 from headwater.report.view import Column, Section, Table, evaluation_column, interval_axis
@@ -159,14 +160,18 @@ def _results(values: dict[str, Any], eval_name: str) -> Table:
     rows: list[Any] = []
     scores: list[dict[str, Any]] = []
     for arm in values["arms"]:
-        of_arm = [(name, run["arms"][arm]) for name, run in values["runs"].items() if arm in run["arms"]]
-        rows += [f"{arm}: {DESCRIPTIONS[arm]}" if arm in DESCRIPTIONS else arm, *of_arm]
-        scores += [row["accuracy"][eval_name] for _, row in of_arm if eval_name in row["accuracy"]]
+        of_arm = {name: run["arms"][arm] for name, run in values["runs"].items() if arm in run["arms"]}
+        measured = accuracies(of_arm, eval_name)
+        scores += measured.values()
+        rows.append(f"{arm}: {DESCRIPTIONS[arm]}" if arm in DESCRIPTIONS else arm)
+        rows += [(name, row, measured.get(name)) for name, row in of_arm.items()]
     axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))} %")
     columns = [
         Column("run", itemgetter(0)),
-        Column("accuracy\n%\u00a0[95\u00a0%]", lambda row: _accuracy(row[1], eval_name), "right"),
-        Column("", lambda row: _interval(row[1], eval_name), axis=axis),
+        Column(
+            "accuracy\n%\u00a0[95\u00a0%]", lambda row: accuracy_text(row[2]) if row[2] else _state(row[1]), "right"
+        ),
+        Column("", lambda row: row[2] and Interval.of(row[2]), axis=axis),
         Column("labels", lambda row: count(row[1]["labels"]["distinct"]), "right"),
         Column("training FLOPs", lambda row: units(row[1]["flops"]), "right"),
         Column("training time", lambda row: duration(row[1]["seconds"]), "right"),
@@ -186,14 +191,9 @@ def _differences(values: dict[str, Any]) -> Table:
     return Table(f"Differences from {next(iter(values['runs']))}, paired", columns, rows)
 
 
-def _accuracy(arm: dict[str, Any], eval_name: str) -> str:
-    if eval_name in arm["accuracy"]:
-        return accuracy_text(arm["accuracy"][eval_name])
+def _state(arm: dict[str, Any]) -> str:
+    """Why an arm has no accuracy."""
     return next(map(failure_state, arm["failed"].values()), "unfinished" if arm["unfinished"] else MISSING)
-
-
-def _interval(arm: dict[str, Any], eval_name: str) -> Interval | None:
-    return Interval.of(arm["accuracy"][eval_name]) if eval_name in arm["accuracy"] else None
 
 
 def _setting(value: Any) -> str:
@@ -203,11 +203,10 @@ def _setting(value: Any) -> str:
 
 def page(studies: dict[str, Study], values: dict[str, Any]) -> str:
     """The page: the tables, and the curves of all runs in common panels."""
-    sections = [Section("Side by side", "side_by_side", {"tables": tables(values)})]
-    common = curves(joined(studies))
+    sections = [Section("Side by side", "side_by_side", {"tables": tables(values)}), curves(joined(studies))]
     title = f"{' and '.join(values['runs'])} side by side"
-    settings = {"title": title, "headline": headline(values), "sections": [*sections, *([common] if common else [])]}
-    return render("compare.html.j2", settings)
+    view = {"title": title, "headline": headline(values), "sections": [section for section in sections if section]}
+    return render("compare.html.j2", view)
 
 
 def headline(values: dict[str, Any]) -> str:
@@ -216,9 +215,7 @@ def headline(values: dict[str, Any]) -> str:
         return "No run has a result yet."
     eval_name, parts = values["evals"][0], []
     for name, run in values["runs"].items():
-        scores = {
-            arm: row["accuracy"][eval_name]["mean"] for arm, row in run["arms"].items() if eval_name in row["accuracy"]
-        }
+        scores = {arm: row["mean"] for arm, row in accuracies(run["arms"], eval_name).items()}
         if not scores:
             parts.append(f"{name}: no result")
             continue

@@ -170,6 +170,11 @@ def accuracy_steps(report: dict[str, Any], arm: dict[str, Any], role: str) -> li
     return steps
 
 
+def accuracies(arms: Mapping[str, Any], eval_name: str) -> dict[str, Any]:
+    """Accuracy of each of these arms of report.json that has a result on this evaluation."""
+    return {name: arm["accuracy"][eval_name] for name, arm in arms.items() if eval_name in arm["accuracy"]}
+
+
 def accuracy_and_best(row: Mapping[str, Any], eval_name: str) -> dict[str, Any] | None:
     """Accuracy and pass@k at the largest k of an arm or a stage of report.json; None without a result on this evaluation.
 

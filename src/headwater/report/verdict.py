@@ -12,6 +12,7 @@ from headwater.errors import TrainingStoppedError
 from headwater.report.contrasts import COMPARISON, difference_text, find_contrast, reading, sample_size
 from headwater.report.format import count, counted, join_and, percent, units
 from headwater.report.predictions import reading_text
+from headwater.report.stages import accuracies
 
 P1_ARMS = ("raw_teacher", "direct_grpo", "bridge")
 P2_ARMS = ("bridge", "warmup_only", "opd_only")
@@ -212,7 +213,8 @@ def _row(report: dict[str, Any], name: str, eval_name: str) -> dict[str, Any]:
 
 
 def _finished(report: dict[str, Any], arms: Sequence[str], eval_name: str) -> list[str]:
-    return [arm for arm in arms if eval_name in report["arms"].get(arm, {}).get("accuracy", {})]
+    measured = accuracies(report["arms"], eval_name)
+    return [arm for arm in arms if arm in measured]
 
 
 def _numbers(report: dict[str, Any], arms: Sequence[str], contrasts: Sequence[dict[str, Any]], eval_name: str) -> str:
