@@ -13,7 +13,7 @@ from headwater.report.contrasts import accuracy
 from headwater.report.figures import Series, file_stem
 from headwater.report.format import shortened
 from headwater.report.stages import STAGE_NAMES, stage_name, values_at_common_steps
-from headwater.report.study import Node, Study, is_finite_number
+from headwater.report.study import Node, Study, finite_values
 from headwater.report.view import Section
 
 
@@ -144,7 +144,7 @@ def mean_curves(groups: Groups, key: str) -> list[Series]:
     """A series for each group with values of the metric `key`. Groups without a value are left out but keep their style."""
     series = []
     for style, (label, seeds) in enumerate(groups):
-        number = sum(any(is_finite_number(row.get(key)) for row in rows) for rows in seeds)
+        number = sum(bool(finite_values(rows, key)) for rows in seeds)
         if number:
             steps, values = values_at_common_steps(seeds, key, MAX_POINTS)
             means = [sum(at_step) / number for at_step in values]

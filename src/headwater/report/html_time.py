@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from headwater.report.figures import Plot, as_plot, colour, titled_figure
 from headwater.report.format import duration
 from headwater.report.stages import STAGE_NAMES, UNTRAINED_NAMES, stage_name
-from headwater.report.study import Node, Study, is_finite_number
+from headwater.report.study import Node, Study, finite_values
 from headwater.report.svg import COLOURS, STYLE, printable
 from headwater.report.view import Section
 from headwater.storage import ledger
@@ -64,8 +64,7 @@ def node_seconds(node: Node) -> dict[str, float]:
     spent = {name: ledger.totals(node.ledger_rows, name).seconds for name in ("train", "eval", "validation", "measure")}
     seconds = dict.fromkeys(PARTS, 0.0)
     for part in ("sample", "score", "update"):
-        values: list[Any] = [row.get(f"seconds_{part}") for row in node.metrics]
-        seconds[part] = sum((float(value) for value in values if is_finite_number(value)), start=0.0)
+        seconds[part] = sum(finite_values(node.metrics, f"seconds_{part}"), start=0.0)
     if node.info.get("kind") == "rollouts":  # a teacher's cache is sampled
         seconds["sample"] += spent["train"]
     else:

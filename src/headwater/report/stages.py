@@ -8,7 +8,7 @@ from typing import Any
 from headwater.config.objectives import OBJECTIVES
 from headwater.report.contrasts import accuracy, mean, pass_at, pass_ks, summarize_seeds
 from headwater.report.format import percent
-from headwater.report.study import EvalCounts, Node, Study, costs, is_finite_number, mean_costs, nodes_at
+from headwater.report.study import EvalCounts, Node, Study, costs, finite_values, is_finite_number, mean_costs, nodes_at
 from headwater.tasks.outcomes import Outcomes
 
 STAGE_NAMES = {
@@ -87,7 +87,7 @@ def _stage_row(arms: list[str], by_seed: Mapping[int, Node]) -> dict[str, Any]:
     first = nodes[0]
     eval_names = sorted({name for node in nodes for name in node.evals})
     evals = {name: {seed: n.evals[name] for seed, n in by_seed.items() if name in n.evals} for name in eval_names}
-    shares = [row["informative"] for node in nodes for row in node.metrics if is_finite_number(row.get("informative"))]
+    shares = finite_values((row for node in nodes for row in node.metrics), "informative")
     outcomes = Outcomes.of(row for node in nodes for row in (node.training_rows() if shares else ()))
     metrics, conditions = [node.metrics for node in nodes], [node.conditions for node in nodes]
     return {
@@ -127,8 +127,7 @@ def _ends(seeds: Sequence[Rows], measures: Sequence[str]) -> dict[str, Any]:
     """First and last value of each measure, averaged over the seeds that have it."""
     ends = {}
     for measure in measures:
-        values = [[row[measure] for row in rows if is_finite_number(row.get(measure))] for rows in seeds]
-        values = [seed for seed in values if seed]
+        values = [seed for rows in seeds if (seed := finite_values(rows, measure))]
         if values:
             ends[measure] = {"first": mean(seed[0] for seed in values), "last": mean(seed[-1] for seed in values)}
     return ends

@@ -7,7 +7,7 @@ into one study.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -351,6 +351,11 @@ def mean_costs(each: Sequence[Any]) -> Any:
         return {key: mean_costs([value[key] for value in each]) for key in each[0]}
     mean = sum(each) / len(each)
     return int(mean) if float(mean).is_integer() else float(f"{mean:.9g}")
+
+
+def finite_values(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    """The finite numbers in a column of these rows."""
+    return [row[key] for row in rows if is_finite_number(row.get(key))]
 
 
 def is_finite_number(value: Any) -> bool:

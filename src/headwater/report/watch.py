@@ -25,7 +25,7 @@ from headwater.report.audit import planned_nodes
 from headwater.report.format import duration, plain_table
 from headwater.report.render import clean
 from headwater.report.stages import stage_name
-from headwater.report.study import Node, is_finite_number
+from headwater.report.study import Node, finite_values, is_finite_number
 from headwater.runs.plan import Node as PlannedNode
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
@@ -154,7 +154,7 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
         state = "at work" if running else "stopped"
     else:
         state = "waiting"
-    times = [row["seconds"] for row in node.metrics[-RECENT_STEPS:] if is_finite_number(row.get("seconds"))]
+    times = finite_values(node.metrics[-RECENT_STEPS:], "seconds")
     step_seconds = sum(times) / len(times) if times else None
     left = (int(steps) - step) * step_seconds if step_seconds is not None and steps is not None else None
     work = _work(folder) if state == "at work" else Work()
@@ -214,8 +214,7 @@ def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir, flops: Mapping[str
     worked_seconds = worked_flops = 0.0
     for node in nodes:
         if node.state == "done":
-            rows = read_jsonl(run.node(node.node).ledger)
-            seconds = sum(row["seconds"] for row in rows if is_finite_number(row.get("seconds")))
+            seconds = sum(finite_values(read_jsonl(run.node(node.node).ledger), "seconds"))
             finished.setdefault(node.node.split(".")[0], []).append(seconds)
             share = 1.0
         elif node.steps and node.steps_a_minute:
