@@ -53,10 +53,9 @@ def summarize_seeds(by_seed: Mapping[int, EvalCounts], values: Values) -> dict[s
     if not ids:
         raise UserError("report: the evaluations of an arm's seeds have no problem in common")
     interval = stats.accuracy_interval(values_SP)
+    numbers = {key: rounded(getattr(interval, key)) for key in ("mean", "low", "high")}
     per_seed = {str(seed): rounded(row.mean()) for seed, row in zip(by_seed, values_SP, strict=True)}
-    return {
-        "mean": rounded(interval.mean), "low": rounded(interval.low), "high": rounded(interval.high), "per_seed": per_seed
-    }  # fmt: skip
+    return {**numbers, "per_seed": per_seed}
 
 
 def seed_matrix(evals: Iterable[EvalCounts], values: Values) -> tuple[np.ndarray, list[str]]:

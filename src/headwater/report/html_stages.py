@@ -65,15 +65,12 @@ def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
 
 def _stage_table(report: dict[str, Any]) -> Table:
     """Every stage once: its result, and its measures at the first and the last step of training."""
-    name, several = report["evals"][0], largest_k(report) != "1"
+    name = report["evals"][0]
+    best = Column("pass@k, %", lambda row: row["measured"] and _best_of_k(row["measured"]), "right")
     columns = [
         *_stage_columns(),
         Column("accuracy, %", lambda row: row["measured"] and percent(row["measured"]["accuracy"]), "right"),
-        *(
-            [Column("pass@k, %", lambda row: row["measured"] and _best_of_k(row["measured"]), "right")]
-            if several
-            else []
-        ),
+        *([best] if largest_k(report) != "1" else []),
         *_ends_columns("ends", ("reward", "best_of_group", "informative", "entropy")),
         Column("informative, all steps", _informative, "right"),
         Column("completions, all steps", _outcomes),

@@ -111,10 +111,7 @@ def differing_settings(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
     A section that some recipes lack, such as a stage, is one row with its number of fields.
     """
-    flat = {
-        name: {field: value for field, value in _leaves(recipe) if value is not None}
-        for name, recipe in recipes.items()
-    }
+    flat = {name: dict(_leaves(recipe)) for name, recipe in recipes.items()}
     rows: dict[str, dict[str, Any]] = {}
     for field in sorted({field for values in flat.values() for field in values}):
         parts = field.split(".")
@@ -132,11 +129,11 @@ def differing_settings(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, value) of everything that is not itself a mapping with entries."""
+    """(dotted field, value) of everything that is not itself a mapping with entries, without nulls."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
+    elif value is not None:
         yield path, value
 
 
@@ -168,9 +165,7 @@ def _results(values: dict[str, Any], eval_name: str) -> Table:
     axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))} %")
     columns = [
         Column("run", itemgetter(0)),
-        Column(
-            "accuracy\n%\u00a0[95\u00a0%]", lambda row: accuracy_text(row[2]) if row[2] else _state(row[1]), "right"
-        ),
+        Column("accuracy\n%\u00a0[95\u00a0%]", lambda row: _accuracy_or_state(*row[1:]), "right"),
         Column("", lambda row: row[2] and Interval.of(row[2]), axis=axis),
         Column("labels", lambda row: count(row[1]["labels"]["distinct"]), "right"),
         Column("training FLOPs", lambda row: units(row[1]["flops"]), "right"),
@@ -191,8 +186,9 @@ def _differences(values: dict[str, Any]) -> Table:
     return Table(f"Differences from {next(iter(values['runs']))}, paired", columns, rows)
 
 
-def _state(arm: dict[str, Any]) -> str:
-    """Why an arm has no accuracy."""
+def _accuracy_or_state(arm: dict[str, Any], accuracy: dict[str, Any] | None) -> str:
+    if accuracy is not None:
+        return accuracy_text(accuracy)
     return next(map(failure_state, arm["failed"].values()), "unfinished" if arm["unfinished"] else MISSING)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from headwater.config.arms import BASE_MODELS, CONTRASTS
 from headwater.report.contrasts import COMPARISON, find_contrast, paired_difference, reading
 from headwater.report.format import csv_text, join_and, percent
+from headwater.report.stages import accuracies
 from headwater.report.study import Study, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
@@ -114,12 +115,6 @@ def comparisons(summary: dict[str, Any], eval_name: str) -> list[tuple[str, str,
     return [(a, b, by_value) for a, b, by_value in measured if by_value]
 
 
-def accuracy(point: dict[str, Any], arm: str, eval_name: str) -> dict[str, Any] | None:
-    """Mean and interval of an arm at a point; None without a result."""
-    scored: dict[str, Any] | None = point["arms"].get(arm, {}).get("accuracy", {}).get(eval_name)
-    return scored
-
-
 def names(summary: dict[str, Any]) -> dict[Value, str]:
     """Values as text, without the folders and prefixes of model names where the rest still differs.
 
@@ -160,7 +155,8 @@ def sentences(summary: dict[str, Any]) -> list[str]:
 
 
 def _highest(summary: dict[str, Any], arm: str, eval_name: str) -> str:
-    scored = [(row["mean"], point["value"]) for point in summary["points"] if (row := accuracy(point, arm, eval_name))]
-    mean, value = max(scored, key=lambda pair: pair[0])
-    highest = f"Highest at {summary['vary']} {names(summary)[value]}, {percent(mean)} %"
+    scores = {point["value"]: accuracies(point["arms"], eval_name).get(arm) for point in summary["points"]}
+    means = {value: row["mean"] for value, row in scores.items() if row}
+    value = max(means, key=means.__getitem__)
+    highest = f"Highest at {summary['vary']} {names(summary)[value]}, {percent(means[value])} %"
     return f" {highest}; as the highest of several it overstates what new runs would give."

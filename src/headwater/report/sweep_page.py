@@ -18,7 +18,8 @@ from headwater.report.contrasts import interval_note, reading
 from headwater.report.figures import Plot, Series, ValueAxis, as_plot, line_description, line_figure
 from headwater.report.format import accuracy_text, count, p_text, seeds_text, units
 from headwater.report.render import render
-from headwater.report.sweep import accuracy, as_csv, build, comparisons, names
+from headwater.report.stages import accuracies
+from headwater.report.sweep import as_csv, build, comparisons, names
 from headwater.report.terminal import interval_text, rich_table
 from headwater.report.view import Column, RowHeader, Table
 from headwater.runs.sweep import Sweep, text_of, variation
@@ -100,8 +101,8 @@ def plot(summary: dict[str, Any]) -> tuple[Plot, bytes]:
         title = f"{summary['recipe']}: accuracy on {eval_name}, %, with 95 % interval; {seeds_text(summary)}"
         panels[title] = []
         for arm in _shown_arms(summary):
-            scored = [(x, accuracy(point, arm, eval_name)) for x, point in zip(xs, summary["points"], strict=True)]
-            rows = [(x, row["mean"], row["low"], row["high"]) for x, row in scored if row is not None]
+            scores = [accuracies(point["arms"], eval_name).get(arm) for point in summary["points"]]
+            rows = [(x, row["mean"], row["low"], row["high"]) for x, row in zip(xs, scores, strict=True) if row]
             if rows:
                 x, mean, low, high = zip(*rows, strict=True)
                 if arm in BASE_MODELS:
@@ -156,7 +157,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 def cell(point: dict[str, Any], arm: str, eval_name: str) -> str:
     """Accuracy with interval, such as `67.5 [64.2, 70.7]`; without a result, `failed` or a dash."""
-    scored = accuracy(point, arm, eval_name)
+    scored = accuracies(point["arms"], eval_name).get(arm)
     if scored is None:
         return "failed" if point["failed"] else "–"
     return accuracy_text(scored)

@@ -57,9 +57,8 @@ def _path_tables(report: dict[str, Any]) -> list[Table]:
 
 def _warning(row: dict[str, Any]) -> str:
     """Example: `warning: opd, step 40, seed 0 (bridge): truncation: 0.62 of the completions …`."""
-    return (
-        f"warning: {row['stage']}, step {row['step']}, seed {row['seed']} ({', '.join(row['arms'])}): {row['sentence']}"
-    )
+    where = f"{row['stage']}, step {row['step']}, seed {row['seed']} ({', '.join(row['arms'])})"
+    return f"warning: {where}: {row['sentence']}"
 
 
 def _arms_tables(report: dict[str, Any], wide: bool) -> list[RichTable]:
@@ -99,9 +98,8 @@ def _unfinished_notes(report: dict[str, Any]) -> list[str]:
     notes = []
     for name, arm in report["arms"].items():
         for seed, failure in arm["failed"].items():
-            notes.append(
-                f"{name}: {failure['state']} on seed {seed} ({failure['stage']} failed: {failure['sentence']})"
-            )
+            why = f"{failure['stage']} failed: {failure['sentence']}"
+            notes.append(f"{name}: {failure['state']} on seed {seed} ({why})")
         notes += [f"{name}: not finished on seed {seed} (waits for {node})" for seed, node in arm["unfinished"].items()]
     return notes
 
