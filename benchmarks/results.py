@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from headwater.config.arms import ARMS
 from headwater.report.contrasts import flops_ratio, reading
 from headwater.report.format import count, p_text, percent, points, units
-from headwater.report.ideas import idea_contrasts
+from headwater.report.html_contrasts import idea_contrasts
 
 Block = Callable[[Path, str, Path], str]
 

@@ -18,6 +18,7 @@ from headwater.config.arms import ARMS, OWN_STAGES, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
+from headwater.report.format import shortened
 from headwater.report.label_use import labels_shown
 from headwater.report.study import Node, require_run
 from headwater.runs.plan import Node as PlannedNode
@@ -116,7 +117,7 @@ def read_files(out: RunDir) -> RunFiles:
     for arm, by_seed in read_plan(out.plan)["arms"].items():
         for seed, names in by_seed.items():
             arms.append(tuple(names))
-            planned = _planned_nodes(arm, recipe, int(seed))
+            planned = planned_nodes(arm, recipe, int(seed))
             if len(planned) != len(names):
                 faults.append(f"plan.json: arm {arm}, seed {seed}: {len(names)} nodes are not what the recipe asks for")
                 continue
@@ -136,7 +137,7 @@ def _read_node(out: RunDir, name: str, faults: list[str]) -> Node:
     return Node(name, folder, folder.done.exists(), info)
 
 
-def _planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
+def planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
     """The nodes that the recipe gives an arm, parents first; empty for an unknown arm."""
     if arm in BASE_ROLES:
         return [PlannedNode("evaluate", arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
@@ -160,8 +161,7 @@ Counted = tuple[str, list[str]]
 
 
 def _few(names: set[str]) -> str:
-    shown = sorted(names)[:SHOWN_FAULTS]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN_FAULTS} more" if len(names) > SHOWN_FAULTS else "")
+    return shortened(sorted(names), SHOWN_FAULTS)
 
 
 def _sampled(settings: Any) -> Any:
@@ -179,21 +179,13 @@ def nodes_as_planned(files: RunFiles) -> Counted:
                 faults.append(f"{node.name}: has files but no node.json")
             continue
         started += 1
-        expected = {
-            "kind": planned.kind,
-            "stage": planned.stage,
-            "role": planned.role,
-            "seed": planned.seed,
-            "settings": None if planned.settings is None else planned.settings.model_dump(mode="json"),
-        }
+        expected = {key: getattr(planned, key) for key in ("kind", "stage", "role", "seed")}
+        expected["settings"] = None if planned.settings is None else planned.settings.model_dump(mode="json")
         info = dict(node.info)
-        if (
-            planned.kind == "rollouts"
-        ):  # several stages read it: node.json has the settings of the one for which it ran last
+        if planned.kind == "rollouts":  # several stages read it: node.json has the settings of the last one
             info["settings"], expected["settings"] = (_sampled(row.get("settings")) for row in (info, expected))
-        faults += [
-            f"{node.name}: {key} is not what the recipe says" for key in expected if info.get(key) != expected[key]
-        ]
+        wrong = [key for key in expected if info.get(key) != expected[key]]
+        faults += [f"{node.name}: {key} is not what the recipe says" for key in wrong]
         labels = node.info.get("labels")
         if planned.kind == "train" and (labels is None or labels["pool"] != planned.pool):
             faults.append(f"{node.name}: its labels are not of the pool that the recipe says ({planned.pool})")

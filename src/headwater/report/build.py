@@ -11,10 +11,9 @@ would have had to train it. Costs are means per seed over the finished seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from headwater.config.arms import DESCRIPTIONS
 from headwater.report import conditions
@@ -39,12 +38,9 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     """Build the report of `outs` (default: `out`) and write report.json, report.html, labels.csv and figures/ into `out`."""
     fault_points.failpoint("report.begun")
     sources = list(outs or [out])
-    for folder in {*sources, out}:
-        refuse_links(folder, "report")
-    with refuse_malformed_files(sources[0]):
-        study = read_study(sources)
-        report = summarize(study)
-        labels, page = label_csv(study), report_html.page(study, report)
+    if out not in sources:
+        refuse_links(out, "report")
+    report, labels, page = _built(sources)
     write_json(RunDir(out).report_json, report)
     fault_points.failpoint("report.values")
     write_atomic(RunDir(out).labels, labels)
@@ -61,11 +57,17 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
 
 def page(outs: Sequence[Path]) -> str:
     """The HTML page as `write` would write it now. Raises UserError as `build` does."""
+    return _built(outs)[2].html
+
+
+def _built(outs: Sequence[Path]) -> tuple[dict[str, Any], str, report_html.Page]:
+    """The contents of report.json and labels.csv, and the page."""
     for folder in outs:
         refuse_links(folder, "report")
     with refuse_malformed_files(outs[0]):
         study = read_study(outs)
-        return report_html.page(study, summarize(study)).html
+        report = summarize(study)
+        return report, label_csv(study), report_html.page(study, report)
 
 
 def summarize(study: Study) -> dict[str, Any]:
@@ -140,9 +142,5 @@ def _majority(by_seed: Mapping[int, EvalCounts]) -> dict[str, Any] | None:
     """maj@k; None unless every seed has it, since a mean over fewer seeds than the accuracy's would mislead."""
     if any(counts.majority is None for counts in by_seed.values()):
         return None
-    return {"k": min(counts.samples for counts in by_seed.values()), **summarize_seeds(by_seed, _votes)}
-
-
-def _votes(counts: EvalCounts) -> np.ndarray:
-    assert counts.majority is not None
-    return counts.majority
+    votes = summarize_seeds(by_seed, attrgetter("majority"))
+    return {"k": min(counts.samples for counts in by_seed.values()), **votes}

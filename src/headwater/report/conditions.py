@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headwater.report.contrasts import rounded
-from headwater.report.stages import STAGE_NAMES
+from headwater.report.stages import STAGE_NAMES, accuracy_and_best
 
 
 def c1(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -25,45 +25,42 @@ def c1(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     base: dict[str, Any] = next((row for row in rows if "base_teacher" in row["arms"]), {"accuracy": {}})
     trained = [row for row in rows if row["role"] == "teacher" and row["stage"] in STAGE_NAMES]
     for name in sorted({name for row in (base, *trained) for name in row["accuracy"]}):
-        before, after = _accuracy_and_best(base, name), []
-        for row in trained:
-            measured = _accuracy_and_best(row, name)
-            if measured is not None:
-                reached = measured["accuracy"] / before["best_of_k"] if before and before["best_of_k"] else None
-                after.append(
-                    {
-                        **{key: row[key] for key in ("stage", "pool", "arms")},
-                        **measured,
-                        "training": {k: row["ends"][k] for k in ("reward", "best_of_group") if k in row["ends"]},
-                        "reached": None if reached is None else rounded(reached),
-                    }
-                )
+        before = accuracy_and_best(base, name)
+        goal = before["best_of_k"] if before else 0.0
+        after = [
+            {
+                **{key: row[key] for key in ("stage", "pool", "arms")},
+                **measured,
+                "training": {key: row["ends"][key] for key in ("reward", "best_of_group") if key in row["ends"]},
+                "reached": rounded(measured["accuracy"] / goal) if goal else None,
+            }
+            for row in trained
+            if (measured := accuracy_and_best(row, name))
+        ]
         result[name] = {"before": before, "after": after}
     return result or None
-
-
-def _accuracy_and_best(row: dict[str, Any], eval_name: str) -> dict[str, Any] | None:
-    if eval_name not in row["accuracy"]:
-        return None
-    k, best = list(row["pass_at_k"][eval_name].items())[-1]
-    return {"accuracy": row["accuracy"][eval_name]["mean"], "best_of_k": best, "k": int(k)}
 
 
 def c2(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """C2: distance of student and teacher at the start and the end of each student stage. `rows` are `stage_rows(study)`.
 
-    arm -> stage -> measure -> {"first", "last"}, means over seeds; KL and entropy in nats per token. `prompts` names the
-    prompts: "held out", measured at the stage boundaries, or "training", measured at the first and the last step, for runs
-    that did not measure the conditions. None if neither was measured.
+    arm -> stage -> `distance` of that stage. None if it was measured for no stage.
     """
     result: dict[str, Any] = {}
     for row in rows:
-        ends = {key: row["ends"][key] for key in ("kl_teacher_student", "kl_student_teacher") if key in row["ends"]}
-        if row["role"] != "student" or not (row["conditions"] or ends):
-            continue
-        measures = (
-            {"prompts": "held out", **row["conditions"]} if row["conditions"] else {"prompts": "training", **ends}
-        )
-        for arm in row["arms"]:
-            result.setdefault(arm, {})[row["stage"]] = measures
+        if measures := distance(row):
+            for arm in row["arms"]:
+                result.setdefault(arm, {})[row["stage"]] = measures
     return result or None
+
+
+def distance(row: dict[str, Any]) -> dict[str, Any] | None:
+    """measure -> {"first", "last"} of a student's stage, means over seeds; KL and entropy in nats per token.
+
+    `prompts` names the prompts: "held out", measured at the stage boundaries, or "training", measured at the first and the
+    last step, for runs that did not measure the conditions. None if neither was measured.
+    """
+    ends = {key: row["ends"][key] for key in ("kl_teacher_student", "kl_student_teacher") if key in row["ends"]}
+    if row["role"] != "student" or not (row["conditions"] or ends):
+        return None
+    return {"prompts": "held out", **row["conditions"]} if row["conditions"] else {"prompts": "training", **ends}

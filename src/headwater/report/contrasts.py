@@ -10,8 +10,8 @@ import numpy as np
 from headwater import stats
 from headwater.config.arms import CONTRASTS
 from headwater.errors import UserError
-from headwater.report.format import p_text, points
-from headwater.report.study import EvalCounts, Study, mean_number
+from headwater.report.format import counted, p_text, points
+from headwater.report.study import EvalCounts, Study, mean_costs
 
 Values = Callable[[EvalCounts], np.ndarray]
 """A function from one evaluation to a value per problem, (P,)."""
@@ -53,10 +53,9 @@ def summarize_seeds(by_seed: Mapping[int, EvalCounts], values: Values) -> dict[s
     if not ids:
         raise UserError("report: the evaluations of an arm's seeds have no problem in common")
     interval = stats.accuracy_interval(values_SP)
+    numbers = {key: rounded(getattr(interval, key)) for key in ("mean", "low", "high")}
     per_seed = {str(seed): rounded(row.mean()) for seed, row in zip(by_seed, values_SP, strict=True)}
-    return {
-        "mean": rounded(interval.mean), "low": rounded(interval.low), "high": rounded(interval.high), "per_seed": per_seed
-    }  # fmt: skip
+    return {**numbers, "per_seed": per_seed}
 
 
 def seed_matrix(evals: Iterable[EvalCounts], values: Values) -> tuple[np.ndarray, list[str]]:
@@ -97,10 +96,9 @@ def _contrast(study: Study, arms: Mapping[str, Any], a: str, b: str, eval_name: 
     if row is None:
         return None
     seeds = sorted(results_a.keys() & results_b.keys())
-    labels = {
-        side: _mean_cost(arms[arm], seeds, lambda c: c["labels"]["distinct"]) for side, arm in (("a", a), ("b", b))
-    }
-    flops = {side: _mean_cost(arms[arm], seeds, lambda c: c["flops"]) for side, arm in (("a", a), ("b", b))}
+    costs = {"a": _costs(arms[a], seeds), "b": _costs(arms[b], seeds)}
+    labels = {side: cost["labels"]["distinct"] for side, cost in costs.items()}
+    flops = {side: cost["flops"] for side, cost in costs.items()}
     equal = equal_resources(labels, flops)
     return {"a": a, "b": b, "eval": eval_name, **row, "labels": labels, "flops": flops, "equal": equal}
 
@@ -136,9 +134,10 @@ def equal_resources(labels: Mapping[str, float], flops: Mapping[str, float]) -> 
     return names if differ else [*names, "compute"]
 
 
-def _mean_cost(arm: Mapping[str, Any], seeds: list[int], cost: Callable[[Any], float]) -> float:
-    """Mean over the paired seeds. An untrained model has costs for some of them only, all zero."""
-    return mean_number([cost(arm["costs_per_seed"][str(seed)]) for seed in seeds if str(seed) in arm["costs_per_seed"]])
+def _costs(arm: Mapping[str, Any], seeds: list[int]) -> dict[str, Any]:
+    """Mean costs of the paired seeds. An untrained model may have none of these seeds; its training costs are zero for all."""
+    per_seed = arm["costs_per_seed"]
+    return mean_costs([per_seed[str(seed)] for seed in seeds if str(seed) in per_seed] or [*per_seed.values()])
 
 
 def _results_by_seed(study: Study, a: str, b: str, eval_name: str) -> list[dict[int, EvalCounts]]:
@@ -148,14 +147,11 @@ def _results_by_seed(study: Study, a: str, b: str, eval_name: str) -> list[dict[
     """
     results = [study.results(a, eval_name), study.results(b, eval_name)]
     for side, arm in enumerate((a, b)):
-        if results[side] and not _is_trained(study, arm):
+        trained = any(node.trained for nodes in study.arms[arm].values() for node in nodes)
+        if results[side] and not trained:
             first = next(iter(results[side].values()))
             results[side] = {seed: results[side].get(seed, first) for seed in results[0].keys() | results[1].keys()}
     return results
-
-
-def _is_trained(study: Study, arm: str) -> bool:
-    return any(node.trained for nodes in study.arms[arm].values() for node in nodes)
 
 
 # Selection and text of contrasts --------------------------------------------------------------------------------------
@@ -196,18 +192,26 @@ def group_by_equality(contrasts: Sequence[dict[str, Any]]) -> list[tuple[str, li
     return [(title, members) for title, members in groups if members]
 
 
+def pair_text(c: dict[str, Any]) -> str:
+    """Example: `bridge − replay`."""
+    return f"{c['a']} − {c['b']}"
+
+
 def difference_text(c: dict[str, Any]) -> str:
     """Example: `bridge − replay +3.6 points, 95 % +1.0 to +6.3, p 0.009`, and in brackets whether interval and p disagree."""
+    return f"{pair_text(c)} {estimate_text(c)}"
+
+
+def estimate_text(c: dict[str, Any]) -> str:
+    """`difference_text` without the arms."""
+    interval = f"{points(c['difference'])} points, 95 % {points(c['low'])} to {points(c['high'])}"
     note = f" ({disagreement(c)})" if disagreement(c) else ""
-    return (
-        f"{c['a']} − {c['b']} {points(c['difference'])} points, 95 % {points(c['low'])} to {points(c['high'])}, "
-        f"p {p_text(c['p'])}{note}"
-    )
+    return f"{interval}, p {p_text(c['p'])}{note}"
 
 
 def sample_size(c: dict[str, Any]) -> str:
     """Example: `3 seeds × 500 problems`."""
-    return f"{c['seeds']} seed{'s' * (c['seeds'] != 1)} × {c['problems']} problems"
+    return f"{counted(c['seeds'], 'seed')} × {c['problems']} problems"
 
 
 def flops_ratio(c: dict[str, Any]) -> str:

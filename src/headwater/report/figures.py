@@ -21,7 +21,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from headwater.report.format import csv_text
+from headwater.report.format import counted, csv_text
 from headwater.report.svg import (
     COLOURS,
     DASHES,
@@ -63,6 +63,11 @@ class Interval:
     high: float
     level: float | None = None
     seeds: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, accuracy: Mapping[str, Any], level: float | None = None) -> Interval:
+        """An accuracy of report.json."""
+        return cls(accuracy["mean"], accuracy["low"], accuracy["high"], level, tuple(accuracy["per_seed"].values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +116,8 @@ def file_stem(*parts: str) -> str:
     """
     name = "-".join(parts)
     portable = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
-    return (
-        portable if portable == name else f"{portable}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:6]}"
-    )
+    digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:6]
+    return portable if portable == name else f"{portable}-{digest}"
 
 
 def colour(style: int) -> str:
@@ -169,10 +173,9 @@ def curves(name: str, title: str, series: Sequence[Series], limits: tuple[float,
     axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
     seeds = max((line.seeds for line in series), default=0)
     text = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in drawn) or "no step in common"
-    rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
-    for line in drawn:
-        rows += [(line.label, *values) for values in zip(line.x, line.y, line.low, line.high, strict=True)]
-    plot = as_plot(figure, name, f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {text}", rows)
+    header = ("series", "step", "mean", "lowest_seed", "highest_seed")
+    rows = [(line.label, *row) for line in drawn for row in zip(line.x, line.y, line.low, line.high, strict=True)]
+    plot = as_plot(figure, name, f"{title} over training steps, {counted(seeds, 'seed')}: {text}", [header, *rows])
     values = json.dumps(_curve_values(title, drawn, axes), separators=(",", ":"))
     return replace(plot, element=Markup(f'<svg data-curve="{escape(printable(values))}"') + plot.element[len("<svg") :])
 
@@ -186,28 +189,23 @@ def tick_text(value: float) -> str:
 def _curve_values(title: str, drawn: Sequence[Series], axes: Axes) -> dict[str, Any]:
     """What curves.js needs: the frame of the axes in the SVG's points, their limits, and the values of each line."""
     (width, height), (left, bottom, wide, high) = CURVE_SIZE, CURVE_AXES
-    frame = [
-        72 * width * left,
-        72 * height * (1 - bottom),
-        72 * width * (left + wide),
-        72 * height * (1 - bottom - high),
-    ]
+    inches = (width * left, height * (1 - bottom), width * (left + wide), height * (1 - bottom - high))
     lines = []
     for line in drawn:
-        values = {"x": line.x, "y": line.y, **({"low": line.low, "high": line.high} if line.seeds > 1 else {})}
-        short = {key: [float(f"{value:.4g}") for value in numbers] for key, numbers in values.items() if key != "x"}
+        values = {"y": line.y, **({"low": line.low, "high": line.high} if line.seeds > 1 else {})}
+        short = {key: [float(f"{value:.4g}") for value in numbers] for key, numbers in values.items()}
         lines.append({"label": line.label, "colour": (line.style or 0) % len(COLOURS), "x": list(line.x), **short})
-    numbers = {"frame": frame, "x": axes.get_xlim(), "y": axes.get_ylim()}
+    numbers = {"frame": [72 * size for size in inches], "x": axes.get_xlim(), "y": axes.get_ylim()}
     return {"title": title, **{key: [float(f"{v:.6g}") for v in pair] for key, pair in numbers.items()}, "lines": lines}
 
 
 def forest(name: str, title: str, estimates: Sequence[tuple[str, Interval]], unit: str) -> Plot:
     """A forest plot with its files."""
     values = [f"{label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for label, r in estimates]
-    rows: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
-    rows += [(label, r.mean, r.low, r.high, " ".join(map(str, r.seeds))) for label, r in estimates]
+    header = ("row", "mean", "low", "high", "per_seed")
+    rows = [(label, r.mean, r.low, r.high, " ".join(map(str, r.seeds))) for label, r in estimates]
     figure = forest_figure(title, estimates, unit)
-    return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", rows)
+    return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", [header, *rows])
 
 
 @matplotlib.rc_context(STYLE)

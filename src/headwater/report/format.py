@@ -27,6 +27,11 @@ def points(difference: float) -> str:
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
+def accuracy_text(accuracy: dict[str, Any]) -> str:
+    """Example: `67.5 [64.2, 70.7]`."""
+    return f"{percent(accuracy['mean'])} [{percent(accuracy['low']):>4}, {percent(accuracy['high']):>4}]"
+
+
 def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -52,6 +57,25 @@ def duration(seconds: float) -> str:
 def count(number: float) -> str:
     """Count with thousands separators; one decimal if it is a fractional mean over seeds."""
     return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
+
+
+def counted(number: float, noun: str) -> str:
+    """Example: `counted(2, "label")` is `2 labels`."""
+    return f"{count(number)} {noun}{'s' * (number != 1)}"
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def training_costs(arm: dict[str, Any]) -> str:
+    """Costs of an arm of report.json. Example: `256 labels, 1.46 TFLOPs and 38 s of training`; empty for an untrained model."""
+    if not arm["flops"]:
+        return ""
+    labels, flops = counted(arm["labels"]["distinct"], "label"), units(arm["flops"], "FLOPs")
+    time = duration(arm["seconds"]).replace(" ", "\u00a0")
+    return f"{labels}, {flops} and {time} of training"
 
 
 def join_and(names: Sequence[str]) -> str:

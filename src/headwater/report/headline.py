@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from headwater.report.contrasts import difference_text, find_contrast, reading
-from headwater.report.format import count, duration, join_and, percent, units
-from headwater.report.stages import stage_name
+from headwater.report.contrasts import estimate_text, find_contrast, reading
+from headwater.report.format import join_and, percent, training_costs
+from headwater.report.stages import accuracies, stage_name
 from headwater.report.study import Node, Study
 from headwater.report.verdict import failure_word, measured_in_training, uninformative
 from headwater.report.watch import is_locked
@@ -26,44 +26,25 @@ def _main_result(report: dict[str, Any]) -> str:
     if not report["evals"]:
         return " ".join(measured_in_training(report)) or "No arm has a result yet."
     eval_name = report["evals"][0]
+    scores = accuracies(report["arms"], eval_name)
+    accuracy = {name: f"{percent(score['mean'])}\u00a0%" for name, score in scores.items()}
+    spent = {name: training_costs(report["arms"][name]) for name in scores}
+    costs = {name: f"with {text}" if text else "without training" for name, text in spent.items()}
     contrast = find_contrast(report, "bridge", "direct_grpo", eval_name)
+    subject, other = "The bridge", "direct GRPO"
+    if contrast is None and (trained := [name for name in scores if spent[name]]):
+        subject, other = max(trained, key=lambda name: float(scores[name]["mean"])), "the untrained student"
+        contrast = find_contrast(report, subject, "base_student", eval_name)
     if contrast is not None:
-        bridge, direct = (
-            f"{_accuracy(report, arm, eval_name)} {_costs(report, arm)}" for arm in ("bridge", "direct_grpo")
-        )
-        numbers = difference_text(contrast).split("direct_grpo ", 1)[1]
+        a, b = contrast["a"], contrast["b"]
+        against = f"{accuracy[b]} {'before training' if b == 'base_student' else costs[b]}"
         return (
-            f"The bridge {VERBS[reading(contrast)]} direct GRPO on {eval_name}: {bridge}, against {direct}; {numbers}."
+            f"{subject} {VERBS[reading(contrast)]} {other} on {eval_name}: {accuracy[a]} {costs[a]}, against {against}; "
+            f"{estimate_text(contrast)}."
         )
-    scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
-    trained = {name: score for name, score in scores.items() if report["arms"][name]["flops"]}
-    if trained:
-        arm = max(trained, key=lambda name: trained[name]["mean"])
-        contrast = find_contrast(report, arm, "base_student", eval_name)
-        if contrast is not None:
-            before = f"{_accuracy(report, 'base_student', eval_name)} before training"
-            numbers = difference_text(contrast).split("base_student ", 1)[1]
-            own = f"{_accuracy(report, arm, eval_name)} {_costs(report, arm)}"
-            return f"{arm} {VERBS[reading(contrast)]} the untrained student on {eval_name}: {own}, against {before}; {numbers}."
-    best = max(scores, key=lambda name: scores[name]["mean"])
+    best = max(scores, key=lambda name: float(scores[name]["mean"]))
     low, high = (percent(scores[best][key]) for key in ("low", "high"))
-    accuracy = f"{_accuracy(report, best, eval_name)} (95\u00a0% {low} to {high})"
-    return f"Best on {eval_name}: {best} with {accuracy} {_costs(report, best)}."
-
-
-def _accuracy(report: dict[str, Any], arm: str, eval_name: str) -> str:
-    return f"{percent(report['arms'][arm]['accuracy'][eval_name]['mean'])}\u00a0%"
-
-
-def _costs(report: dict[str, Any], arm: str) -> str:
-    """Example: `with 256 labels, 1.46 TFLOPs and 38 s of training`; `without training` for an untrained model."""
-    costs = report["arms"][arm]
-    if not costs["flops"]:
-        return "without training"
-    labels = costs["labels"]["distinct"]
-    spent = f"{count(labels)} label{'s' * (labels != 1)}, {units(costs['flops'], 'FLOPs')}"
-    time = duration(costs["seconds"]).replace(" ", "\u00a0")
-    return f"with {spent} and {time} of training"
+    return f"Best on {eval_name}: {best} with {accuracy[best]} (95\u00a0% {low} to {high}) {costs[best]}."
 
 
 def stops(study: Study, report: dict[str, Any]) -> list[str]:
@@ -79,7 +60,7 @@ def stops(study: Study, report: dict[str, Any]) -> list[str]:
         why = re.sub(r" \((?:or )?set guards\.[^)]*\)", "", why).rstrip(".")
         sentences[failure["node"]] = f"{word}: {stage_name(failure['stage'])}{at} ({where}): {why}."
     working = "Running" if any(is_locked(run.lock) for run in study.runs) else "Interrupted"
-    nodes = {node.name: node for by_seed in study.arms.values() for run in by_seed.values() for node in run}
+    nodes = study.nodes
     waiting = []
     for name, where in _by_node(report, "unfinished"):
         node = nodes[name]

@@ -11,13 +11,11 @@ import yaml
 from headwater.report import html_arms, html_contrasts, html_curves, html_labels, html_stages, html_time
 from headwater.report.figures import Plot
 from headwater.report.headline import headline, stops
-from headwater.report.ideas import ideas
 from headwater.report.render import render
 from headwater.report.rollouts import sample
 from headwater.report.stages import stage_name
 from headwater.report.study import Study
 from headwater.report.view import Column, Section, Table
-from headwater.storage.run_dir import read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ def page(study: Study, report: dict[str, Any]) -> Page:
         html_arms.arms(report),
         html_contrasts.predictions(report),
         html_labels.labels(study, report),
-        ideas(report),
+        html_contrasts.ideas(report),
         html_contrasts.comparisons(report),
         html_arms.costs(report),
         html_stages.stages(report),
@@ -77,11 +75,7 @@ def _warnings(report: dict[str, Any]) -> Section | None:
 
 def _rollouts(study: Study) -> Section | None:
     """The rollout browser: a form, and the sample of rollouts that browse.js lists."""
-    texts = {}
-    for run in study.runs:
-        if run.problems.exists():
-            texts.update({str(row["id"]): str(row["text"]) for row in read_jsonl(run.problems)})
-    sampled = sample(study, texts)
+    sampled = sample(study)
     return Section("Rollouts", "rollouts", {"sample": sampled}) if sampled.rows else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -11,17 +11,15 @@ from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import figures
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
-from headwater.report.verdict import failure_word
-from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
-
-Cost = Callable[[dict[str, Any]], float]
+from headwater.report.stages import accuracies, accuracy_and_best, largest_k
+from headwater.report.verdict import failure_state
+from headwater.report.view import Column, RowHeader, Section, Table, evaluation_column, interval_axis
 
 
 def arms(report: dict[str, Any]) -> Section:
     """One row per arm and evaluation: accuracy with its interval, the arm's costs, and pass@k and maj@k where k is above 1."""
     evals = report["evals"] or [""]
-    largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
-    k = largest.pop() if len(largest) == 1 else "k"
+    k = largest_k(report)
     rows = [_row(report, name, eval_name, k) for name in report["arms"] for eval_name in evals]
     scores = [row["accuracy"] for row in rows if row["accuracy"]]
     axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))}\u00a0%")
@@ -31,12 +29,12 @@ def arms(report: dict[str, Any]) -> Section:
     ]
     columns = [
         Column("arm", itemgetter("header"), spans=True),
-        *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
+        *evaluation_column(evals),
         *(accuracy if report["evals"] else []),
         Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
         Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
         Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
-        *([Column(f"pass@{k},\u00a0%", itemgetter("pass"), "right")] if has_several_samples(report) else []),
+        *([Column(f"pass@{k},\u00a0%", itemgetter("pass"), "right")] if k != "1" else []),
         *([Column(f"maj@{k},\u00a0%", itemgetter("maj"), "right")] if any(row["maj"] for row in rows) else []),
         Column("checks", lambda row: count(row["costs"]["labels"]["checks"]), "right", spans=True),
         Column("sampled", lambda row: units(row["costs"]["tokens"]["sampled"]), "right", spans=True),
@@ -49,9 +47,8 @@ def arms(report: dict[str, Any]) -> Section:
     caption += f" (and {count(validation)} validation labels)" if validation else ""
     notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in non_training_notes(report)]
     table = Table(caption, columns, rows, rows_per_entry=len(evals))
-    return Section(
-        "Arms", "arms", {"table": table, "notes": notes, "accuracy": bool(report["evals"])}, tuple(_forests(report))
-    )
+    view = {"table": table, "notes": notes, "accuracy": bool(report["evals"])}
+    return Section("Arms", "arms", view, tuple(_forests(report)))
 
 
 def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> dict[str, Any]:
@@ -59,42 +56,32 @@ def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> di
     arm = report["arms"][name]
     # The top of the page has the sentences of the failures: a column of names is too narrow for them.
     warnings = [f"unfinished on seed {seed}" for seed in arm["unfinished"]]
-    for seed, failure in arm["failed"].items():
-        state = failure_word(failure).lower() if failure["state"] == "failed" else failure["state"]
-        warnings.append(f"{state} on seed {seed}")
+    warnings += [f"{failure_state(failure)} on seed {seed}" for seed, failure in arm["failed"].items()]
     row = dict.fromkeys(("accuracy", "mean", "interval", "pass", "maj"))
     row |= {"header": RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings)), "eval": eval_name, "costs": arm}
-    accuracy = arm["accuracy"].get(eval_name)
-    if accuracy is not None:
+    measured = accuracy_and_best(arm, eval_name)
+    if measured is not None:
+        accuracy, majority = arm["accuracy"][eval_name], arm["maj_at_k"][eval_name]
+        suffix = "" if common_k == str(measured["k"]) else f" (k={measured['k']})"
         row |= {
             "accuracy": accuracy,
             "mean": f"{percent(accuracy['mean'])}\n[{percent(accuracy['low'])}, {percent(accuracy['high'])}]",
             "interval": _interval(report, name, eval_name),
+            "pass": f"{percent(measured['best_of_k'])}{suffix}",
+            "maj": f"{percent(majority['mean'])}{suffix}" if majority and majority["k"] > 1 else None,
         }
-        k, best = list(arm["pass_at_k"][eval_name].items())[-1]
-        majority, suffix = arm["maj_at_k"][eval_name], "" if common_k == k else f" (k={k})"
-        row["pass"] = f"{percent(best['mean'])}{suffix}"
-        row["maj"] = f"{percent(majority['mean'])}{suffix}" if majority and majority["k"] > 1 else None
     return row
 
 
-def has_several_samples(report: dict[str, Any]) -> bool:
-    """Whether any problem was sampled more than once: with one sample, pass@k is the accuracy."""
-    return any(list(by_k) != ["1"] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values())
-
-
 def _interval(report: dict[str, Any], arm: str, eval_name: str) -> Interval:
-    accuracy = report["arms"][arm]["accuracy"][eval_name]
     before = report["arms"].get("base_student", {}).get("accuracy", {}).get(eval_name)
-    level, seeds = before["mean"] if before else None, tuple(accuracy["per_seed"].values())
-    return Interval(accuracy["mean"], accuracy["low"], accuracy["high"], level, seeds)
+    return Interval.of(report["arms"][arm]["accuracy"][eval_name], before and before["mean"])
 
 
 def _forests(report: dict[str, Any]) -> Iterator[Plot]:
     """A forest plot of the arms per evaluation, for figures/ only: the page shows the same in its table."""
     for eval_name in report["evals"]:
-        arms = [name for name, arm in report["arms"].items() if eval_name in arm["accuracy"]]
-        estimates = [(name, _interval(report, name, eval_name)) for name in arms]
+        estimates = [(name, _interval(report, name, eval_name)) for name in accuracies(report["arms"], eval_name)]
         yield figures.forest(file_stem("accuracy", eval_name), f"Accuracy on {eval_name}", estimates, "%")
 
 
@@ -102,9 +89,10 @@ def costs(report: dict[str, Any]) -> Section | None:
     """Accuracy against labels and against training FLOPs, on the first evaluation, where arms differ in that cost."""
     labels = ValueAxis("distinct labels, mean per seed", format=count)
     flops = ValueAxis("training FLOPs, mean per seed", format=_short_units, log=True)
+    arms = report["arms"].items()
     plots = [
-        *_accuracy_by_cost(report, labels, lambda arm: arm["labels"]["distinct"]),
-        *_accuracy_by_cost(report, flops, lambda arm: arm["flops"]),
+        *_accuracy_by_cost(report, labels, {name: arm["labels"]["distinct"] for name, arm in arms}),
+        *_accuracy_by_cost(report, flops, {name: arm["flops"] for name, arm in arms}),
     ]
     return Section("Labels and compute", "costs", {"plots": plots}, tuple(plots)) if plots else None
 
@@ -114,24 +102,21 @@ def _short_units(flops: float) -> str:
     return re.sub(r"\.0+(?=\D|$)", "", units(flops))
 
 
-def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, cost: Cost) -> Iterator[Plot]:
+def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, costs: Mapping[str, float]) -> Iterator[Plot]:
     for eval_name in report["evals"][:1]:
-        arms = {name: arm for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
-        points = [name for name in arms if name not in BASE_MODELS and (cost(arms[name]) > 0 or not axis.log)]
+        measured = accuracies(report["arms"], eval_name)
+        points = [name for name in measured if name not in BASE_MODELS and (costs[name] > 0 or not axis.log)]
         rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
         series = []
         for style, name in enumerate(points):
-            x, mean, low, high = (
-                cost(arms[name]),
-                *(arms[name]["accuracy"][eval_name][key] for key in ("mean", "low", "high")),
-            )
-            series.append(Series(name, style, [x], [mean], [low], [high]))
-            rows.append((name, x, mean, low, high))
-        for name in [name for name in BASE_MODELS if name in arms]:
-            level = arms[name]["accuracy"][eval_name]["mean"]
+            mean, low, high = (measured[name][key] for key in ("mean", "low", "high"))
+            series.append(Series(name, style, [costs[name]], [mean], [low], [high]))
+            rows.append((name, costs[name], mean, low, high))
+        for name in [name for name in BASE_MODELS if name in measured]:
+            level = measured[name]["mean"]
             series.append(Series(name, None, (), [level]))
             rows.append((name, "", level, "", ""))
-        if len({cost(arms[name]) for name in points}) > 1:
+        if len({costs[name] for name in points}) > 1:
             quantity = axis.label.split(",")[0]
             stem = file_stem("cost", quantity.replace(" ", "_"), eval_name)
             panels = {f"Accuracy on {eval_name} against {quantity}, %": series}

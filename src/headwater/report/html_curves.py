@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from headwater.report import figures
 from headwater.report.contrasts import accuracy
 from headwater.report.figures import Series, file_stem
+from headwater.report.format import shortened
 from headwater.report.stages import STAGE_NAMES, stage_name, values_at_common_steps
-from headwater.report.study import Node, Study, is_finite_number
+from headwater.report.study import Node, Study, finite_values
 from headwater.report.view import Section
 
 
@@ -20,14 +21,12 @@ from headwater.report.view import Section
 class Metric:
     """A column with a curve.
 
-    least_span     what the vertical axis spans at least, so that it does not magnify noise
-    relative_span  the same as a share of the largest value; the larger of the two counts
-    most           the largest possible value
+    least_span  what the vertical axis spans at least, so that it does not magnify noise
+    most        the largest possible value
     """
 
     title: str
     least_span: float = 0.0
-    relative_span: float = 0.2
     most: float | None = None
 
 
@@ -66,6 +65,8 @@ TITLES = {
     "entropy_teacher": "teacher's entropy, nats a token",
 }
 
+LEAST_SHARE = 0.2
+"""An axis spans at least this share of the largest value, or the metric's least span where that is more."""
 FLAT = 0.05
 """A curve that moves by less than this share of its axis's least span is not drawn."""
 MAX_POINTS = 80
@@ -76,7 +77,7 @@ ACCURACY = "accuracy on "
 Panels = dict[str, Any]
 """A heading, legend entries (swatch and label), plots, and the metrics that are not drawn, with the reason."""
 Groups = list[tuple[str, list[list[dict[str, Any]]]]]
-"""The arms that share a stage's nodes, and the rows of each seed."""
+"""(label, rows of each seed): the arms that share a stage's nodes."""
 
 
 def curves(study: Study) -> Section | None:
@@ -89,20 +90,21 @@ def curves(study: Study) -> Section | None:
 
 def with_evaluations(node: Node) -> list[dict[str, Any]]:
     """The node's metrics, and its accuracy on held-out problems at the steps where it was evaluated."""
+    by_step = node.evals_by_step
+    if by_step and node.metrics:  # the final evaluation ends a curve but is none by itself
+        last = node.metrics[-1]["step"]
+        by_step = by_step | {last: by_step.get(last, {}) | node.evals}
     rows = [
         {"step": step, f"{ACCURACY}{name}": float(accuracy(counts).mean())}
-        for step, evals in node.evals_by_step.items()
+        for step, evals in by_step.items()
         for name, counts in evals.items()
     ]
-    last = node.metrics[-1]["step"] if node.metrics else None
-    if rows and last is not None:  # the final evaluation ends a curve but is none by itself
-        rows += [{"step": last, f"{ACCURACY}{name}": float(accuracy(n).mean())} for name, n in node.evals.items()]
     return [*node.metrics, *rows]
 
 
 def _evals_during_training(study: Study) -> list[str]:
-    nodes = (node for _, by_seed in study.stage_groups() for node in by_seed.values())
-    return list(dict.fromkeys(name for node in nodes for evals in node.evals_by_step.values() for name in evals))
+    by_step = [evals for node in study.nodes.values() for evals in node.evals_by_step.values()]
+    return list(dict.fromkeys(name for evals in by_step for name in evals))
 
 
 def panels_by_stage(
@@ -120,7 +122,7 @@ def panels_by_stage(
     for stage, role, objective in sorted(stages, key=lambda key: order.get(key[0], len(order))):
         groups, plots, flat = stages[stage, role, objective], [], []
         for key, metric in metrics.items():
-            series = mean_curves((label, seeds, key) for label, seeds in groups)
+            series = mean_curves(groups, key)
             if not series:
                 continue
             limits = axis_limits(series, metric)
@@ -138,11 +140,11 @@ def panels_by_stage(
     return panels
 
 
-def mean_curves(lines: Iterable[tuple[str, Sequence[Sequence[dict[str, Any]]], str]]) -> list[Series]:
-    """Series from (label, rows of each seed, key of the metric). Labels without a value are left out but keep their style."""
+def mean_curves(groups: Groups, key: str) -> list[Series]:
+    """A series for each group with values of the metric `key`. Groups without a value are left out but keep their style."""
     series = []
-    for style, (label, seeds, key) in enumerate(lines):
-        number = sum(any(is_finite_number(row.get(key)) for row in rows) for rows in seeds)
+    for style, (label, seeds) in enumerate(groups):
+        number = sum(bool(finite_values(rows, key)) for rows in seeds)
         if number:
             steps, values = values_at_common_steps(seeds, key, MAX_POINTS)
             means = [sum(at_step) / number for at_step in values]
@@ -161,7 +163,7 @@ def axis_limits(series: Sequence[Series], metric: Metric) -> tuple[float, float]
     if not values:
         return None
     low, high = min(values), max(values)
-    least = max(metric.least_span, metric.relative_span * max(abs(low), abs(high)))
+    least = max(metric.least_span, LEAST_SHARE * max(abs(low), abs(high)))
     if high - low <= FLAT * least:
         return None
     room = max(0.05 * (high - low), (least - (high - low)) / 2)
@@ -177,9 +179,9 @@ def axis_limits(series: Sequence[Series], metric: Metric) -> tuple[float, float]
 def _equal_metric(loss: Sequence[Series], groups: Groups) -> str | None:
     """The divergence whose values the loss of a distillation stage repeats, up to rounding; None if there is none."""
     for key in ("kl_teacher_student", "kl_student_teacher"):
-        series = mean_curves((label, seeds, key) for label, seeds in groups)
+        series = mean_curves(groups, key)
         if len(series) == len(loss) and all(
-            np.allclose(a.y, b.y, rtol=1e-4, atol=1e-8) if len(a.y) == len(b.y) else False
+            len(a.y) == len(b.y) and np.allclose(a.y, b.y, rtol=1e-4, atol=1e-8)
             for a, b in zip(loss, series, strict=True)
         ):
             return key
@@ -189,8 +191,3 @@ def _equal_metric(loss: Sequence[Series], groups: Groups) -> str | None:
 def _middle(series: Sequence[Series]) -> float:
     values = [value for line in series for value in line.y]
     return (min(values) + max(values)) / 2 if values else 0.0
-
-
-def shortened(arms: Sequence[str]) -> str:
-    """Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
-    return ", ".join(arms[:3]) + (f" and {len(arms) - 3} more" if len(arms) > 3 else "")

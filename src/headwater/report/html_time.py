@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from headwater.report.figures import Plot, as_plot, colour, titled_figure
 from headwater.report.format import duration
 from headwater.report.stages import STAGE_NAMES, UNTRAINED_NAMES, stage_name
-from headwater.report.study import Node, Study, is_finite_number
+from headwater.report.study import Node, Study, finite_values
 from headwater.report.svg import COLOURS, STYLE, printable
 from headwater.report.view import Section
 from headwater.storage import ledger
@@ -24,8 +24,6 @@ TRAINING_PARTS = ("sample", "score", "update", "other training")
 """Parts of the training time, which the headline and the table of arms give; `score` is grading and the teacher's passes."""
 PARTS = (*TRAINING_PARTS, "evaluate", "measure", "load and save")
 """What a node's time is spent on; `measure` is measuring the conditions, `load and save` the rest of its recorded attempts."""
-
-
 LEGEND_COLUMNS = 3
 
 
@@ -41,10 +39,10 @@ class Attempt:
 
 def time(study: Study) -> Section | None:
     """Where the time of all nodes went, and a timeline of the attempts that the run recorded."""
-    nodes = {node.name: node for by_seed in study.arms.values() for run in by_seed.values() for node in run}
-    by_stage = seconds_by_stage(nodes.values())
+    nodes = list(study.nodes.values())
+    by_stage = seconds_by_stage(nodes)
     plots = [parts_figure(by_stage)] if by_stage else []
-    recorded = attempts(list(nodes.values()))
+    recorded = attempts(nodes)
     plots += [timeline(recorded)] if recorded else []
     return Section("Time", "time", {"plots": plots, "timeline": bool(recorded)}, tuple(plots)) if plots else None
 
@@ -66,8 +64,7 @@ def node_seconds(node: Node) -> dict[str, float]:
     spent = {name: ledger.totals(node.ledger_rows, name).seconds for name in ("train", "eval", "validation", "measure")}
     seconds = dict.fromkeys(PARTS, 0.0)
     for part in ("sample", "score", "update"):
-        values: list[Any] = [row.get(f"seconds_{part}") for row in node.metrics]
-        seconds[part] = sum((float(value) for value in values if is_finite_number(value)), start=0.0)
+        seconds[part] = sum(finite_values(node.metrics, f"seconds_{part}"), start=0.0)
     if node.info.get("kind") == "rollouts":  # a teacher's cache is sampled
         seconds["sample"] += spent["train"]
     else:
@@ -99,7 +96,7 @@ def parts_figure(by_stage: Mapping[str, Mapping[str, float]]) -> Plot:
     for y, parts in enumerate(by_stage.values()):
         left = 0.0
         for place, seconds in enumerate(parts.values()):
-            axes.barh(y, seconds / scale, left=left / scale, height=0.62, edgecolor="#ffffff", **_look(place))
+            axes.barh(y, seconds / scale, left=left / scale, height=0.62, **_look(place))
             left += seconds
         place_right: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(duration(left), (left / scale, y), fontsize=8, **place_right)
@@ -111,9 +108,8 @@ def parts_figure(by_stage: Mapping[str, Mapping[str, float]]) -> Plot:
         f"{stage_name(stage)} {', '.join(f'{part} {duration(s)}' for part, s in parts.items() if s)}"
         for stage, parts in by_stage.items()
     )
-    rows: list[tuple[Any, ...]] = [("stage", "part", "seconds")]
-    rows += [(stage, part, f"{s:.6g}") for stage, parts in by_stage.items() for part, s in parts.items() if s]
-    return as_plot(figure, "seconds", f"Seconds by part of the work: {text}", rows)
+    rows = [(stage, part, f"{s:.6g}") for stage, parts in by_stage.items() for part, s in parts.items() if s]
+    return as_plot(figure, "seconds", f"Seconds by part of the work: {text}", [("stage", "part", "seconds"), *rows])
 
 
 @matplotlib.rc_context(STYLE)
@@ -122,22 +118,18 @@ def timeline(recorded: Sequence[Attempt]) -> Plot:
     workers = list(dict.fromkeys(attempt.worker for attempt in recorded))
     stages = list(dict.fromkeys(attempt.node.stage for attempt in recorded))
     figure, axes = _bars(len(workers), "Nodes over time, by worker", len(stages))
-    axes.set_ylim(len(workers) - 0.4, -0.6)
     scale, unit = _time_unit(max(attempt.end for attempt in recorded))
     for attempt in recorded:
-        long, place = (attempt.end - attempt.start) / scale, stages.index(attempt.node.stage)
-        look = _look(place)
-        axes.barh(
-            workers.index(attempt.worker), long, left=attempt.start / scale, height=0.62, edgecolor="#ffffff", **look
-        )
+        y, width = workers.index(attempt.worker), (attempt.end - attempt.start) / scale
+        axes.barh(y, width, left=attempt.start / scale, height=0.62, **_look(stages.index(attempt.node.stage)))
     axes.set_yticks(range(len(workers)), [printable(worker) for worker in workers])
     axes.set_xlabel(f"{unit} since the first start")
     _legend(figure, {stage_name(stage): place for place, stage in enumerate(stages)})
     listed = [f"{a.node.name} from {duration(a.start)} to {duration(a.end)} on {a.worker}" for a in recorded[:40]]
     more = f"; and {len(recorded) - len(listed)} more" if len(recorded) > len(listed) else ""
-    rows: list[tuple[Any, ...]] = [("node", "worker", "start", "end")]
-    rows += [(a.node.name, a.worker, f"{a.start:.3f}", f"{a.end:.3f}") for a in recorded]
-    return as_plot(figure, "timeline", f"Nodes over time, by worker: {'; '.join(listed)}{more}", rows)
+    header = ("node", "worker", "start", "end")
+    rows = [(a.node.name, a.worker, f"{a.start:.3f}", f"{a.end:.3f}") for a in recorded]
+    return as_plot(figure, "timeline", f"Nodes over time, by worker: {'; '.join(listed)}{more}", [header, *rows])
 
 
 def _bars(rows: int, title: str, legend_entries: int) -> tuple[Figure, Axes]:
@@ -148,8 +140,8 @@ def _bars(rows: int, title: str, legend_entries: int) -> tuple[Figure, Axes]:
 
 
 def _look(place: int) -> dict[str, Any]:
-    """Colour and hatch of the entry at this place of a legend: with the seventh entry the colours begin again, hatched."""
-    return {"facecolor": colour(place), "hatch": "//" if place >= len(COLOURS) else None}
+    """Colours and hatch of the entry at this place of a legend: with the seventh entry the colours begin again, hatched."""
+    return {"facecolor": colour(place), "edgecolor": "#ffffff", "hatch": "//" if place >= len(COLOURS) else None}
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
@@ -158,5 +150,5 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 def _legend(figure: Figure, names: Mapping[str, int]) -> None:
-    handles = [Patch(edgecolor="#ffffff", label=printable(name), **_look(place)) for name, place in names.items()]
+    handles = [Patch(label=printable(name), **_look(place)) for name, place in names.items()]
     figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=8, ncols=LEGEND_COLUMNS)

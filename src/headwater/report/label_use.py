@@ -20,14 +20,12 @@ def label_csv(study: Study) -> str:
 
     Example: `9f8b…,1,teacher_rl,teacher,0,teacher_rl.s0.51c0d2aa,bridge bridge_rl,5,3,71`.
     """
-    arms: dict[str, dict[str, None]] = {}
-    nodes: dict[str, Node] = {}
+    arms: dict[str, list[str]] = {}
     for arm, by_seed in study.arms.items():
-        for node in (node for run in by_seed.values() for node in run):
-            nodes[node.name] = node
-            arms.setdefault(node.name, {})[arm] = None
+        for name in dict.fromkeys(node.name for run in by_seed.values() for node in run):
+            arms.setdefault(name, []).append(arm)
     uses: list[tuple[Any, ...]] = []
-    for name, node in nodes.items():
+    for name, node in study.nodes.items():
         seed = int(node.info.get("seed", 0))
         for label, steps in _steps_by_label(node).items():
             where = (1 + half_of(label), node.stage, node.role, seed, name, " ".join(arms[name]))

@@ -126,14 +126,12 @@ class Result(Mapping[str, Any]):
         folder = RunDir(self.folder)
         if not folder.plan.exists():
             return {}
-        last_nodes = {
-            arm: {int(seed): folder.node(names[-1]) for seed, names in by_seed.items()}
-            for arm, by_seed in read_plan(folder.plan)["arms"].items()
-        }
-        return {
-            arm: {seed: node.model for seed, node in by_seed.items() if node.done.exists() and node.model.is_dir()}
-            for arm, by_seed in last_nodes.items()
-        }
+        students: dict[str, dict[int, Path]] = {}
+        for arm, by_seed in read_plan(folder.plan)["arms"].items():
+            last_nodes = {int(seed): folder.node(names[-1]) for seed, names in by_seed.items()}
+            finished = {seed: node.model for seed, node in last_nodes.items() if node.done.exists()}
+            students[arm] = {seed: model for seed, model in finished.items() if model.is_dir()}
+        return students
 
 
 def _arm(name: str, row: Mapping[str, Any], students: Mapping[int, Path]) -> ArmResult:

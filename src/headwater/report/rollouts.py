@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from headwater.report.render import clean
 from headwater.report.stages import STAGE_NAMES, stage_name
@@ -20,6 +20,7 @@ from headwater.report.study import Node, Study, is_finite_number
 from headwater.storage.run_dir import read_jsonl
 from headwater.tasks.outcomes import Outcome, outcome
 
+Item = TypeVar("Item")
 VERDICTS: Mapping[Outcome, str] = {
     "right": "right",
     "cut": "cut at max_tokens",
@@ -48,8 +49,9 @@ class Sample:
     total: int
 
 
-def sample(study: Study, problems: Mapping[str, str]) -> Sample:
-    """Choose rollouts; the same files give the same sample. `problems` maps ids to the texts of the problems."""
+def sample(study: Study) -> Sample:
+    """Choose rollouts; the same files give the same sample."""
+    problems = {str(row["id"]): str(row["text"]) for run in study.runs for row in read_jsonl(run.problems)}
     arms = tuple(study.arms)
     rows: list[dict[str, Any]] = []
     texts: dict[str, int] = {}
@@ -91,8 +93,12 @@ def _candidates(study: Study) -> Iterator[tuple[Source, dict[str, Any]]]:
             if seed in by_seed
             for source, rows in _sources(arms, by_seed[seed], seed, study)
         ]
-        for round_ in itertools.zip_longest(*sources):
-            yield from (candidate for candidate in round_ if candidate is not None)
+        yield from _alternating(sources)
+
+
+def _alternating(groups: Iterable[Iterable[Item]]) -> Iterator[Item]:
+    """The first item of every group, then the second of every group, and so on."""
+    return (item for items in itertools.zip_longest(*groups) for item in items if item is not None)
 
 
 def _sources(arms: list[str], node: Node, seed: int, study: Study) -> Iterator[tuple[Source, Iterator[dict[str, Any]]]]:
@@ -113,18 +119,15 @@ def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(best) > 64:  # bounds the memory: a row may hold a long text and its signal
             best[:] = heapq.nsmallest(PER_SOURCE, best, key=_rank)
     groups = [heapq.nsmallest(PER_SOURCE, by_verdict[verdict], key=_rank) for verdict in sorted(by_verdict)]
-    mixed = (row for round_ in itertools.zip_longest(*groups) for row in round_ if row is not None)
-    return list(itertools.islice(mixed, PER_SOURCE))
+    return list(itertools.islice(_alternating(groups), PER_SOURCE))
 
 
 def verdict_text(row: Mapping[str, Any]) -> str:
     """How a rollout ended. Example: a wrong one with `finish` "length" is `cut at max_tokens`."""
     correct = row.get("correct")
-    return (
-        NOT_GRADED
-        if correct is None
-        else VERDICTS[outcome(bool(correct), str(row.get("reason")), str(row.get("finish")))]
-    )
+    if correct is None:
+        return NOT_GRADED
+    return VERDICTS[outcome(bool(correct), str(row.get("reason")), str(row.get("finish")))]
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, str]:
@@ -169,7 +172,7 @@ def _integer(value: Any) -> int:
 
 def _total(study: Study) -> int:
     """Rollouts used in training, and graded completions of the results."""
-    nodes = {node.name: node for runs in study.arms.values() for run in runs.values() for node in run}
-    graded = sum(int(scored.sampled.sum()) for node in nodes.values() for scored in node.evals.values())
-    sizes = [(node.info.get("settings") or {}).get("batch_size", 0) * len(node.metrics) for node in nodes.values()]
+    nodes = study.nodes.values()
+    graded = sum(int(scored.sampled.sum()) for node in nodes for scored in node.evals.values())
+    sizes = [(node.info.get("settings") or {}).get("batch_size", 0) * len(node.metrics) for node in nodes]
     return graded + sum(size for size in sizes if isinstance(size, int))

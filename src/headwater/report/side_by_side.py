@@ -15,12 +15,14 @@ from headwater.config.arms import DESCRIPTIONS
 from headwater.report.build import summarize
 from headwater.report.contrasts import paired_difference, reading
 from headwater.report.figures import Interval
-from headwater.report.format import count, duration, p_text, percent, points, units
+from headwater.report.format import accuracy_text, count, duration, percent, training_costs, units
+from headwater.report.html_contrasts import SIZE, difference_columns
 from headwater.report.html_curves import curves
 from headwater.report.render import render
+from headwater.report.stages import accuracies
 from headwater.report.study import Study, read_study
-from headwater.report.verdict import failure_word
-from headwater.report.view import Column, Section, Table, interval_axis
+from headwater.report.verdict import failure_state
+from headwater.report.view import Column, Section, Table, evaluation_column, interval_axis
 from headwater.storage.run_dir import FREE, RunDir, first_difference, read_json, write_atomic, write_json
 from headwater.storage.untrusted import refuse_links, refuse_malformed_files
 
@@ -109,10 +111,7 @@ def differing_settings(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
     A section that some recipes lack, such as a stage, is one row with its number of fields.
     """
-    flat = {
-        name: {field: value for field, value in _leaves(recipe) if value is not None}
-        for name, recipe in recipes.items()
-    }
+    flat = {name: dict(_leaves(recipe)) for name, recipe in recipes.items()}
     rows: dict[str, dict[str, Any]] = {}
     for field in sorted({field for values in flat.values() for field in values}):
         parts = field.split(".")
@@ -130,11 +129,11 @@ def differing_settings(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, value) of everything that is not itself a mapping with entries."""
+    """(dotted field, value) of everything that is not itself a mapping with entries, without nulls."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
+    elif value is not None:
         yield path, value
 
 
@@ -156,20 +155,18 @@ def tables(values: dict[str, Any]) -> list[Table]:
 def _results(values: dict[str, Any], eval_name: str) -> Table:
     """A group of rows per arm, one row for each run that has the arm."""
     rows: list[Any] = []
+    scores: list[dict[str, Any]] = []
     for arm in values["arms"]:
-        of_arm = [(name, run["arms"][arm]) for name, run in values["runs"].items() if arm in run["arms"]]
-        rows += [f"{arm}: {DESCRIPTIONS[arm]}" if arm in DESCRIPTIONS else arm, *of_arm]
-    scores = [
-        row[1]["accuracy"][eval_name] for row in rows if not isinstance(row, str) and eval_name in row[1]["accuracy"]
-    ]
+        of_arm = {name: run["arms"][arm] for name, run in values["runs"].items() if arm in run["arms"]}
+        measured = accuracies(of_arm, eval_name)
+        scores += measured.values()
+        rows.append(f"{arm}: {DESCRIPTIONS[arm]}" if arm in DESCRIPTIONS else arm)
+        rows += [(name, row, measured.get(name)) for name, row in of_arm.items()]
+    axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))} %")
     columns = [
         Column("run", itemgetter(0)),
-        Column("accuracy\n%\u00a0[95\u00a0%]", lambda row: _accuracy(row[1], eval_name), "right"),
-        Column(
-            "",
-            lambda row: _interval(row[1], eval_name),
-            axis=interval_axis(scores, lambda v: f"{percent(max(0.0, v))} %"),
-        ),
+        Column("accuracy\n%\u00a0[95\u00a0%]", lambda row: _accuracy_or_state(*row[1:]), "right"),
+        Column("", lambda row: row[2] and Interval.of(row[2]), axis=axis),
         Column("labels", lambda row: count(row[1]["labels"]["distinct"]), "right"),
         Column("training FLOPs", lambda row: units(row[1]["flops"]), "right"),
         Column("training time", lambda row: duration(row[1]["seconds"]), "right"),
@@ -181,28 +178,18 @@ def _differences(values: dict[str, Any]) -> Table:
     rows = values["differences"]
     columns = [
         Column("run, arm", lambda c: f"{c['a']}, {c['arm']}"),
-        *([Column("evaluation", itemgetter("eval"))] if len(values["evals"]) > 1 else []),
-        Column("points", lambda c: points(c["difference"]), "right"),
-        Column("95 %", lambda c: f"{points(c['low'])} to {points(c['high'])}", "right"),
-        Column("", lambda c: Interval(c["difference"], c["low"], c["high"], 0.0), axis=interval_axis(rows, points)),
-        Column("p", lambda c: p_text(c["p"]), "right"),
+        *evaluation_column(values["evals"]),
+        *difference_columns(rows),
         Column("higher", reading, nowrap=True),
-        Column("seeds × problems", lambda c: f"{c['seeds']} × {c['problems']}", "right"),
+        SIZE,
     ]
     return Table(f"Differences from {next(iter(values['runs']))}, paired", columns, rows)
 
 
-def _accuracy(arm: dict[str, Any], eval_name: str) -> str:
-    if eval_name in arm["accuracy"]:
-        mean, low, high = (percent(arm["accuracy"][eval_name][key]) for key in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
-    states = (failure_word(row).lower() if row["state"] == "failed" else row["state"] for row in arm["failed"].values())
-    return next(states, "unfinished" if arm["unfinished"] else MISSING)
-
-
-def _interval(arm: dict[str, Any], eval_name: str) -> Interval | None:
-    row = arm["accuracy"].get(eval_name)
-    return row and Interval(row["mean"], row["low"], row["high"], None, tuple(row["per_seed"].values()))
+def _accuracy_or_state(arm: dict[str, Any], accuracy: dict[str, Any] | None) -> str:
+    if accuracy is not None:
+        return accuracy_text(accuracy)
+    return next(map(failure_state, arm["failed"].values()), "unfinished" if arm["unfinished"] else MISSING)
 
 
 def _setting(value: Any) -> str:
@@ -212,11 +199,10 @@ def _setting(value: Any) -> str:
 
 def page(studies: dict[str, Study], values: dict[str, Any]) -> str:
     """The page: the tables, and the curves of all runs in common panels."""
-    sections = [Section("Side by side", "side_by_side", {"tables": tables(values)})]
-    common = curves(joined(studies))
+    sections = [Section("Side by side", "side_by_side", {"tables": tables(values)}), curves(joined(studies))]
     title = f"{' and '.join(values['runs'])} side by side"
-    settings = {"title": title, "headline": headline(values), "sections": [*sections, *([common] if common else [])]}
-    return render("compare.html.j2", settings)
+    view = {"title": title, "headline": headline(values), "sections": [section for section in sections if section]}
+    return render("compare.html.j2", view)
 
 
 def headline(values: dict[str, Any]) -> str:
@@ -225,22 +211,14 @@ def headline(values: dict[str, Any]) -> str:
         return "No run has a result yet."
     eval_name, parts = values["evals"][0], []
     for name, run in values["runs"].items():
-        scores = {
-            arm: row["accuracy"][eval_name]["mean"] for arm, row in run["arms"].items() if eval_name in row["accuracy"]
-        }
-        best = max(scores, key=scores.__getitem__) if scores else None
-        parts.append(
-            f"{name}: {best} {percent(scores[best])} % ({_costs(run['arms'][best])})" if best else f"{name}: no result"
-        )
+        scores = {arm: row["mean"] for arm, row in accuracies(run["arms"], eval_name).items()}
+        if not scores:
+            parts.append(f"{name}: no result")
+            continue
+        best = max(scores, key=scores.__getitem__)
+        costs = training_costs(run["arms"][best]) or "without training"
+        parts.append(f"{name}: {best} {percent(scores[best])} % ({costs})")
     return f"Best on {eval_name}: {'; '.join(parts)}."
-
-
-def _costs(arm: dict[str, Any]) -> str:
-    """Example: `256 labels, 1.46 TFLOPs and 38 s of training`; `without training` for an untrained model."""
-    if not arm["flops"]:
-        return "without training"
-    labels = arm["labels"]["distinct"]
-    return f"{count(labels)} label{'s' * (labels != 1)}, {units(arm['flops'], 'FLOPs')} and {duration(arm['seconds'])} of training"
 
 
 def joined(studies: dict[str, Study]) -> Study:

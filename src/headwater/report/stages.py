@@ -7,7 +7,8 @@ from typing import Any
 
 from headwater.config.objectives import OBJECTIVES
 from headwater.report.contrasts import accuracy, mean, pass_at, pass_ks, summarize_seeds
-from headwater.report.study import EvalCounts, Node, Study, costs, is_finite_number, mean_costs, nodes_at
+from headwater.report.format import percent
+from headwater.report.study import EvalCounts, Node, Study, costs, finite_values, is_finite_number, mean_costs, nodes_at
 from headwater.tasks.outcomes import Outcomes
 
 STAGE_NAMES = {
@@ -86,7 +87,7 @@ def _stage_row(arms: list[str], by_seed: Mapping[int, Node]) -> dict[str, Any]:
     first = nodes[0]
     eval_names = sorted({name for node in nodes for name in node.evals})
     evals = {name: {seed: n.evals[name] for seed, n in by_seed.items() if name in n.evals} for name in eval_names}
-    shares = [row["informative"] for node in nodes for row in node.metrics if is_finite_number(row.get("informative"))]
+    shares = finite_values((row for node in nodes for row in node.metrics), "informative")
     outcomes = Outcomes.of(row for node in nodes for row in (node.training_rows() if shares else ()))
     metrics, conditions = [node.metrics for node in nodes], [node.conditions for node in nodes]
     return {
@@ -126,8 +127,7 @@ def _ends(seeds: Sequence[Rows], measures: Sequence[str]) -> dict[str, Any]:
     """First and last value of each measure, averaged over the seeds that have it."""
     ends = {}
     for measure in measures:
-        values = [[row[measure] for row in rows if is_finite_number(row.get(measure))] for rows in seeds]
-        values = [seed for seed in values if seed]
+        values = [seed for rows in seeds if (seed := finite_values(rows, measure))]
         if values:
             ends[measure] = {"first": mean(seed[0] for seed in values), "last": mean(seed[-1] for seed in values)}
     return ends
@@ -169,6 +169,29 @@ def accuracy_steps(report: dict[str, Any], arm: dict[str, Any], role: str) -> li
     return steps
 
 
+def accuracies(arms: Mapping[str, Any], eval_name: str) -> dict[str, Any]:
+    """Accuracy of each of these arms of report.json that has a result on this evaluation."""
+    return {name: arm["accuracy"][eval_name] for name, arm in arms.items() if eval_name in arm["accuracy"]}
+
+
+def accuracy_and_best(row: Mapping[str, Any], eval_name: str) -> dict[str, Any] | None:
+    """Accuracy and pass@k at the largest k of an arm or a stage of report.json; None without a result on this evaluation.
+
+    Example: `{"accuracy": 0.42, "best_of_k": 0.71, "k": 4}`.
+    """
+    if eval_name not in row.get("accuracy", {}):
+        return None
+    k, best = list(row["pass_at_k"][eval_name].items())[-1]
+    best = best["mean"] if isinstance(best, dict) else best  # of an arm a mean with its interval, of a stage a number
+    return {"accuracy": row["accuracy"][eval_name]["mean"], "best_of_k": best, "k": int(k)}
+
+
+def largest_k(report: Mapping[str, Any]) -> str:
+    """The k of pass@k in tables: `k` if arms or evaluations differ in it, `1` if no problem was sampled more than once."""
+    largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()} or {"1"}
+    return largest.pop() if len(largest) == 1 else "k"
+
+
 def accuracy_paths(report: dict[str, Any], eval_name: str) -> list[tuple[str, str, str]]:
     """(arm, the teacher's accuracies, the student's) in percent for each trained arm; `?` where no evaluation exists yet.
 
@@ -193,4 +216,4 @@ def _path(report: dict[str, Any], arm: dict[str, Any], role: str, eval_name: str
 
 def _percent(row: dict[str, Any], eval_name: str) -> str:
     value = row.get("accuracy", {}).get(eval_name)
-    return "?" if value is None else f"{100 * value['mean']:.1f}"
+    return "?" if value is None else percent(value["mean"])

@@ -7,7 +7,7 @@ into one study.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,6 +196,11 @@ class Study:
         measured = {name for runs in self.arms.values() for nodes in runs.values() for name in nodes[-1].evals}
         return [name for name in declared if name in measured] + sorted(measured - set(declared))
 
+    @property
+    def nodes(self) -> dict[str, Node]:
+        """Every node once, by name."""
+        return {node.name: node for runs in self.arms.values() for nodes in runs.values() for node in nodes}
+
     def finished(self, arm: str) -> dict[int, tuple[Node, ...]]:
         """Nodes of the seeds for which every node of the arm is done."""
         return {seed: nodes for seed, nodes in self.arms.get(arm, {}).items() if all(node.done for node in nodes)}
@@ -326,40 +331,31 @@ def costs(nodes: Sequence[Node]) -> dict[str, Any]:
     A label that several nodes look at counts once.
     """
     rows = [row for node in nodes for row in node.ledger_rows]
-    train = ledger.totals(rows, "train")
-    return {
-        "labels": {"distinct": train.distinct, "checks": train.checks},
-        "tokens": {
-            "sampled": train.tokens_sampled,
-            "trained": train.tokens_trained,
-            "teacher_scored": train.tokens_teacher_scored,
-        },
-        "flops": train.flops,
-        "seconds": train.seconds,
-        "apart": {purpose: _non_training_costs(ledger.totals(rows, purpose)) for purpose in NON_TRAINING},
-    }
+    apart = {purpose: _costs(rows, purpose, ("sampled", "teacher_scored")) for purpose in NON_TRAINING}
+    return {**_costs(rows, "train", ("sampled", "trained", "teacher_scored")), "apart": apart}
 
 
-def _non_training_costs(total: ledger.Totals) -> dict[str, Any]:
+def _costs(rows: Sequence[dict[str, Any]], purpose: ledger.Purpose, tokens: Sequence[str]) -> dict[str, Any]:
+    total = ledger.totals(rows, purpose)
     return {
         "labels": {"distinct": total.distinct, "checks": total.checks},
-        "tokens": {"sampled": total.tokens_sampled, "teacher_scored": total.tokens_teacher_scored},
+        "tokens": {kind: getattr(total, f"tokens_{kind}") for kind in tokens},
         "flops": total.flops,
         "seconds": total.seconds,
     }
 
 
 def mean_costs(each: Sequence[Any]) -> Any:
-    """Mean of several `costs` over seeds, field by field. Whole numbers stay integers."""
+    """Mean of several `costs` over seeds, field by field, with 9 significant digits; an int if it is whole."""
     if isinstance(each[0], dict):
         return {key: mean_costs([value[key] for value in each]) for key in each[0]}
-    return mean_number(each)
-
-
-def mean_number(values: Sequence[float]) -> float:
-    """Mean with 9 significant digits; an int if it is whole."""
-    mean = sum(values) / len(values)
+    mean = sum(each) / len(each)
     return int(mean) if float(mean).is_integer() else float(f"{mean:.9g}")
+
+
+def finite_values(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    """The finite numbers in a column of these rows."""
+    return [row[key] for row in rows if is_finite_number(row.get(key))]
 
 
 def is_finite_number(value: Any) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from headwater.config.arms import BASE_MODELS, CONTRASTS
 from headwater.report.contrasts import COMPARISON, find_contrast, paired_difference, reading
 from headwater.report.format import csv_text, join_and, percent
+from headwater.report.stages import accuracies
 from headwater.report.study import Study, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
@@ -30,15 +31,14 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
         report = read_json(run.report_json) if finished else NO_REPORT
         study = read_study([run.path]) if finished else Study({}, {}, {})
         studies.append(study)
-        arms = {
-            arm: row for arm, row in report["arms"].items() if arm in (*sweep.arms, *BASE_MODELS) and row["accuracy"]
-        }
-        known = [row for row in report["contrasts"] if {row["a"], row["b"]} <= {*sweep.arms, *BASE_MODELS}]
-        own = [pair for pair in pairs(sweep.arms) if pair not in CONTRASTS]
-        known += [
+        compared = {*sweep.arms, *BASE_MODELS}
+        arms = {arm: row for arm, row in report["arms"].items() if arm in compared and row["accuracy"]}
+        contrasts = [row for row in report["contrasts"] if {row["a"], row["b"]} <= compared]
+        contrasts += [
             {"a": a, "b": b, "eval": name, **row}
-            for a, b in own
+            for a, b in pairs(sweep.arms)
             for name in report["evals"]
+            if (a, b) not in CONTRASTS
             if (row := paired_difference(study.results(a, name), study.results(b, name)))
         ]
         points.append(
@@ -51,18 +51,18 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
                 "seeds": report["seeds"],
                 "evals": report["evals"],
                 "arms": {arm: {key: row[key] for key in ("accuracy", "labels", "flops")} for arm, row in arms.items()},
-                "contrasts": known,
+                "contrasts": contrasts,
             }
         )
     values, across = [point.value for point in sweep.points], []
     shown = [arm for point in points for arm in point["arms"].values()]
     evals = list(dict.fromkeys(name for arm in shown for name in arm["accuracy"]))
-    for arm, name in [(arm, name) for arm in sweep.arms for name in evals]:
+    for arm, name in itertools.product(sweep.arms, evals):
         by_value = [(value, study.results(arm, name)) for value, study in zip(values, studies, strict=True)]
-        first, *others = [(value, results) for value, results in by_value if results] or [("", {})]
-        for value, results in others:
-            if row := paired_difference(results, first[1]):
-                across.append({"arm": arm, "a": value, "b": first[0], "eval": name, **row})
+        measured = [(value, results) for value, results in by_value if results]
+        for value, results in measured[1:]:
+            if row := paired_difference(results, measured[0][1]):
+                across.append({"arm": arm, "a": value, "b": measured[0][0], "eval": name, **row})
     summary: dict[str, Any] = {
         "recipe": sweep.title,
         "vary": sweep.vary,
@@ -115,12 +115,6 @@ def comparisons(summary: dict[str, Any], eval_name: str) -> list[tuple[str, str,
     return [(a, b, by_value) for a, b, by_value in measured if by_value]
 
 
-def accuracy(point: dict[str, Any], arm: str, eval_name: str) -> dict[str, Any] | None:
-    """Mean and interval of an arm at a point; None without a result."""
-    scored: dict[str, Any] | None = point["arms"].get(arm, {}).get("accuracy", {}).get(eval_name)
-    return scored
-
-
 def names(summary: dict[str, Any]) -> dict[Value, str]:
     """Values as text, without the folders and prefixes of model names where the rest still differs.
 
@@ -149,7 +143,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
                 result[-1] += _highest(summary, a, eval_name)
                 continue
             decided = [value for value in readings if readings[value] != "undecided"]
-            for value, next_value in pairwise(decided):
+            for value, next_value in itertools.pairwise(decided):
                 if readings[value] != readings[next_value]:
                     result[-1] += f" The order reverses between {vary} {text[value]} and {text[next_value]}."
     for point in summary["points"]:
@@ -161,7 +155,8 @@ def sentences(summary: dict[str, Any]) -> list[str]:
 
 
 def _highest(summary: dict[str, Any], arm: str, eval_name: str) -> str:
-    scored = [(row["mean"], point["value"]) for point in summary["points"] if (row := accuracy(point, arm, eval_name))]
-    mean, value = max(scored, key=lambda pair: pair[0])
-    highest = f"Highest at {summary['vary']} {names(summary)[value]}, {percent(mean)} %"
+    scores = {point["value"]: accuracies(point["arms"], eval_name).get(arm) for point in summary["points"]}
+    means = {value: row["mean"] for value, row in scores.items() if row}
+    value = max(means, key=means.__getitem__)
+    highest = f"Highest at {summary['vary']} {names(summary)[value]}, {percent(means[value])} %"
     return f" {highest}; as the highest of several it overstates what new runs would give."

@@ -16,10 +16,11 @@ from rich.text import Text
 from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report.contrasts import interval_note, reading
 from headwater.report.figures import Plot, Series, ValueAxis, as_plot, line_description, line_figure
-from headwater.report.format import count, p_text, seeds_text, units
+from headwater.report.format import accuracy_text, count, p_text, seeds_text, units
 from headwater.report.render import render
-from headwater.report.sweep import accuracy, as_csv, build, comparisons, names
-from headwater.report.terminal import accuracy_text, interval_text, rich_table
+from headwater.report.stages import accuracies
+from headwater.report.sweep import as_csv, build, comparisons, names
+from headwater.report.terminal import interval_text, rich_table
 from headwater.report.view import Column, RowHeader, Table
 from headwater.runs.sweep import Sweep, text_of, variation
 from headwater.storage.run_dir import write_atomic, write_json
@@ -100,8 +101,8 @@ def plot(summary: dict[str, Any]) -> tuple[Plot, bytes]:
         title = f"{summary['recipe']}: accuracy on {eval_name}, %, with 95 % interval; {seeds_text(summary)}"
         panels[title] = []
         for arm in _shown_arms(summary):
-            scored = [(x, accuracy(point, arm, eval_name)) for x, point in zip(xs, summary["points"], strict=True)]
-            rows = [(x, row["mean"], row["low"], row["high"]) for x, row in scored if row is not None]
+            scores = [accuracies(point["arms"], eval_name).get(arm) for point in summary["points"]]
+            rows = [(x, row["mean"], row["low"], row["high"]) for x, row in zip(xs, scores, strict=True) if row]
             if rows:
                 x, mean, low, high = zip(*rows, strict=True)
                 if arm in BASE_MODELS:
@@ -156,7 +157,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 def cell(point: dict[str, Any], arm: str, eval_name: str) -> str:
     """Accuracy with interval, such as `67.5 [64.2, 70.7]`; without a result, `failed` or a dash."""
-    scored = accuracy(point, arm, eval_name)
+    scored = accuracies(point["arms"], eval_name).get(arm)
     if scored is None:
         return "failed" if point["failed"] else "–"
     return accuracy_text(scored)
@@ -166,14 +167,12 @@ def cost_table(summary: dict[str, Any]) -> Table:
     """Labels and FLOPs of each trained arm at each value, means per seed."""
     arms, rows = _trained_arms(summary), []
     for header, point in _headers(summary):
-        spent = [point["arms"].get(arm) for arm in arms]
-        costs = [
-            (count(spend["labels"]["distinct"]), units(spend["flops"], "F").replace(" ", ""))
-            if spend and spend["flops"]
-            else ("–", "–")
-            for spend in spent
-        ]
-        rows.append([header, *(text for pair in costs for text in pair)])
+        cells: list[str] = []
+        for arm in arms:
+            spent = point["arms"].get(arm)
+            trained = spent and spent["flops"]
+            cells += [count(spent["labels"]["distinct"]), f"{units(spent['flops'])}F"] if trained else ["–", "–"]
+        rows.append([header, *cells])
     heads = [head for arm in arms for head in (f"labels, {arm}", f"FLOPs, {arm}")]
     return Table("cost of each arm", columns(summary["vary"], *heads), rows)
 
@@ -182,15 +181,10 @@ def dry_run_table(vary: str, rows: Sequence[dict[str, Any]]) -> RichTable:
     """The rows of `sweeps.dry_run` for a console."""
     counts = ("nodes", "shared", "labels", "steps")
     bounds = ("tokens_sampled_at_most", "tokens_teacher_scored_at_most", "flops_at_most")
-    cells = [
-        [
-            text_of(row["value"]),
-            *(count(row[key]) for key in counts),
-            *(units(row[key]) for key in bounds),
-            units(row["memory_bytes"], "B"),
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        numbers = [*(count(row[key]) for key in counts), *(units(row[key]) for key in bounds)]
+        cells.append([text_of(row["value"]), *numbers, units(row["memory_bytes"], "B")])
     heads = columns(vary, *counts, "tokens ≤", "teacher tokens ≤", "FLOPs ≤", "memory")
     table = rich_table(Table("what would run", heads, cells))
     table.caption = "shared: nodes of an earlier value, which run once; labels: distinct problems, of one node"

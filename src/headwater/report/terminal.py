@@ -13,24 +13,22 @@ from rich.text import Text
 from headwater.report.contrasts import flops_ratio, group_by_equality, interval_note, named_contrasts, reading
 from headwater.report.figures import Interval
 from headwater.report.format import (
+    accuracy_text,
     count,
     duration,
     non_training_notes,
-    p_text,
     percent,
     plain_table,
     points,
     seeds_text,
     units,
 )
-from headwater.report.html_arms import has_several_samples
-from headwater.report.stages import accuracy_paths
+from headwater.report.html_contrasts import LABELS, PAIR, P
+from headwater.report.stages import accuracy_and_best, accuracy_paths, largest_k
 from headwater.report.view import Cell, Column, RowHeader, Table
 
 LONG_NAME = 14
 """If an arm's name is longer, accuracies and costs go into separate tables."""
-
-
 WIDE = 100
 """Columns of a terminal from which accuracies and costs of an arm fit into one line."""
 
@@ -59,9 +57,8 @@ def _path_tables(report: dict[str, Any]) -> list[Table]:
 
 def _warning(row: dict[str, Any]) -> str:
     """Example: `warning: opd, step 40, seed 0 (bridge): truncation: 0.62 of the completions …`."""
-    return (
-        f"warning: {row['stage']}, step {row['step']}, seed {row['seed']} ({', '.join(row['arms'])}): {row['sentence']}"
-    )
+    where = f"{row['stage']}, step {row['step']}, seed {row['seed']} ({', '.join(row['arms'])})"
+    return f"warning: {where}: {row['sentence']}"
 
 
 def _arms_tables(report: dict[str, Any], wide: bool) -> list[RichTable]:
@@ -80,8 +77,8 @@ def _arms_tables(report: dict[str, Any], wide: bool) -> list[RichTable]:
 def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs: bool) -> RichTable:
     table = plain_table(title)
     table.add_column("arm", no_wrap=True)
-    largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
-    k, several = largest.pop() if len(largest) == 1 else "k", has_several_samples(report)
+    k = largest_k(report)
+    several = k != "1"
     for name in evals:
         table.add_column("accuracy [95 %]" if len(evals) == 1 else name, justify="right", no_wrap=True)
         if several:
@@ -92,10 +89,8 @@ def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs:
         scores = [cell for eval_name in evals for cell in _score_cells(arm, eval_name)[: 1 + several]]
         table.add_row(name, *scores, *(_cost_cells(arm) if costs else []), style=None if arm["accuracy"] else "dim")
     if costs:
-        notes = [
-            "labels, checks (answers graded), tokens (sampled, trained on, scored by the teacher), FLOPs, time: mean per seed"
-        ]
-        table.caption = "\n".join([*notes, *non_training_notes(report), *_unfinished_notes(report)])
+        note = "labels, checks (answers graded), tokens (sampled, trained on, scored by the teacher), FLOPs, time: mean per seed"
+        table.caption = "\n".join([note, *non_training_notes(report), *_unfinished_notes(report)])
     return table
 
 
@@ -103,46 +98,36 @@ def _unfinished_notes(report: dict[str, Any]) -> list[str]:
     notes = []
     for name, arm in report["arms"].items():
         for seed, failure in arm["failed"].items():
-            cause = f"{failure['stage']} failed: {failure['sentence']}"
-            notes.append(f"{name}: {failure['state']} on seed {seed} ({cause})")
+            why = f"{failure['stage']} failed: {failure['sentence']}"
+            notes.append(f"{name}: {failure['state']} on seed {seed} ({why})")
         notes += [f"{name}: not finished on seed {seed} (waits for {node})" for seed, node in arm["unfinished"].items()]
     return notes
 
 
 def _score_cells(arm: dict[str, Any], eval_name: str) -> list[str]:
-    accuracy = arm["accuracy"].get(eval_name)
-    if accuracy is None:
+    measured = accuracy_and_best(arm, eval_name)
+    if measured is None:
         states = {failure["state"] for failure in arm["failed"].values()}
         return [min(states) if states else "unfinished" if arm["unfinished"] else "–", "–"]
-    best_of_k = list(arm["pass_at_k"][eval_name].values())[-1]
-    return [accuracy_text(accuracy), percent(best_of_k["mean"])]
-
-
-def accuracy_text(accuracy: dict[str, Any]) -> str:
-    """Example: `67.5 [64.2, 70.7]`."""
-    return f"{percent(accuracy['mean'])} [{percent(accuracy['low']):>4}, {percent(accuracy['high']):>4}]"
+    return [accuracy_text(arm["accuracy"][eval_name]), percent(measured["best_of_k"])]
 
 
 def _cost_cells(arm: dict[str, Any]) -> list[str]:
     tokens = [units(arm["tokens"][key]) for key in ("sampled", "trained", "teacher_scored")]
-    flops = units(arm["flops"], "F").replace(" ", "")
-    cells = [count(arm["labels"]["distinct"]), units(arm["labels"]["checks"]), *tokens, flops, duration(arm["seconds"])]
+    flops, seconds = f"{units(arm['flops'])}F", duration(arm["seconds"])
+    cells = [count(arm["labels"]["distinct"]), units(arm["labels"]["checks"]), *tokens, flops, seconds]
     return ["–" if cell in ("0", "0F", "0 s") else cell for cell in cells]
 
 
 def _contrast_tables(report: dict[str, Any], wide: bool) -> list[RichTable]:
     columns = [
-        Column("a − b", lambda c: f"{c['a']} − {c['b']}", nowrap=True),
+        PAIR,
         Column("difference [95 %]", interval_text, "right", nowrap=True),
-        Column("p", lambda c: p_text(c["p"]), "right", nowrap=True),
-        Column(
-            "labels a / b", lambda c: f"{count(c['labels']['a'])} / {count(c['labels']['b'])}", "right", nowrap=True
-        ),
-        Column("FLOPs a/b", flops_ratio, "right", nowrap=True),
+        P,
+        # In a narrow terminal, the titles of the groups say whether labels and compute are equal.
+        *([LABELS, Column("FLOPs a/b", flops_ratio, "right", nowrap=True)] if wide else []),
         Column("a above b", reading, nowrap=True),
     ]
-    if not wide:  # the titles of the groups say whether labels and compute are equal
-        columns = [column for column in columns if column.title not in ("labels a / b", "FLOPs a/b")]
     tables = []
     for eval_name in report["evals"]:
         groups = group_by_equality([c for c in named_contrasts(report) if c["eval"] == eval_name])

@@ -10,8 +10,9 @@ from typing import Any
 from headwater.config.arms import ARMS
 from headwater.errors import TrainingStoppedError
 from headwater.report.contrasts import COMPARISON, difference_text, find_contrast, reading, sample_size
-from headwater.report.format import count, join_and, percent, units
+from headwater.report.format import count, counted, join_and, percent, units
 from headwater.report.predictions import reading_text
+from headwater.report.stages import accuracies
 
 P1_ARMS = ("raw_teacher", "direct_grpo", "bridge")
 P2_ARMS = ("bridge", "warmup_only", "opd_only")
@@ -148,8 +149,7 @@ def uninformative(report: dict[str, Any]) -> list[str]:
             # The sentence of a stage that stopped for it says why already.
             silent = [] if arm["failed"] else [row for row in rows if row["no_signal"]]
             causes = " ".join(dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in silent))
-            labels = arm["labels"]["distinct"]
-            arms.setdefault(causes, []).append(f"{name} ({count(labels)} label{'s' * (labels != 1)})")
+            arms.setdefault(causes, []).append(f"{name} ({counted(arm['labels']['distinct'], 'label')})")
     sentences = [
         f"Labels had no effect in {', '.join(names)}: rewards were equal within every group. {causes}".rstrip()
         for causes, names in arms.items()
@@ -195,6 +195,11 @@ def failure_word(failure: dict[str, Any]) -> str:
     return "Stopped" if failure["code"] == TrainingStoppedError.exit_code and at_step else "Failed"
 
 
+def failure_state(failure: dict[str, Any]) -> str:
+    """State of an arm: `stopped`, `failed`, or `not run` where a node before its last one failed."""
+    return failure_word(failure).lower() if failure["state"] == "failed" else str(failure["state"])
+
+
 def _unfinished(report: dict[str, Any]) -> list[str]:
     arms = [name for name, arm in report["arms"].items() if arm["unfinished"]]
     return [f"Not finished: {', '.join(arms)}."] if arms else []
@@ -208,7 +213,8 @@ def _row(report: dict[str, Any], name: str, eval_name: str) -> dict[str, Any]:
 
 
 def _finished(report: dict[str, Any], arms: Sequence[str], eval_name: str) -> list[str]:
-    return [arm for arm in arms if eval_name in report["arms"].get(arm, {}).get("accuracy", {})]
+    measured = accuracies(report["arms"], eval_name)
+    return [arm for arm in arms if arm in measured]
 
 
 def _numbers(report: dict[str, Any], arms: Sequence[str], contrasts: Sequence[dict[str, Any]], eval_name: str) -> str:

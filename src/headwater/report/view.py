@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
 from headwater.report.figures import Interval, Plot
@@ -75,6 +76,11 @@ class Column:
     nowrap: bool = False
     axis: Axis | None = None
     spans: bool = False
+
+
+def evaluation_column(evals: Sequence[str]) -> list[Column]:
+    """The column of the evaluation's name, if there are several."""
+    return [Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []
 
 
 @dataclass(frozen=True, slots=True)

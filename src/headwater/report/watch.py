@@ -18,14 +18,15 @@ from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from headwater.config.arms import BASE_MODELS, arm_of
+from headwater.config.arms import BASE_MODELS
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
+from headwater.report.audit import planned_nodes
 from headwater.report.format import duration, plain_table
 from headwater.report.render import clean
 from headwater.report.stages import stage_name
-from headwater.report.study import Node, is_finite_number
-from headwater.runs import plan as plans
+from headwater.report.study import Node, finite_values, is_finite_number
+from headwater.runs.plan import Node as PlannedNode
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
@@ -119,21 +120,20 @@ def read_status(path: Path) -> RunStatus:
         return RunStatus(clean(str(plan.get("recipe", ""))), running, _with_estimates(statuses, run, flops))
 
 
-def _planned_nodes(run: RunDir, arms: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, plans.Node]:
+def _planned_nodes(run: RunDir, arms: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, PlannedNode]:
     """The nodes as the recipe plans them, by name; none where this version cannot read the recipe or plans other nodes."""
-    nodes: dict[str, plans.Node] = {}
+    nodes: dict[str, PlannedNode] = {}
     try:
         recipe = Recipe.model_validate(read_json(run.recipe))
         for arm, by_seed in arms.items():
-            for seed, names in by_seed.items() if arm not in BASE_MODELS else ():
-                lineage = plans.last_node(arm_of(arm, recipe), recipe, int(seed)).lineage()
-                nodes |= dict(zip(names, lineage, strict=True))
+            for seed, names in by_seed.items():
+                nodes |= dict(zip(names, planned_nodes(arm, recipe, int(seed)), strict=True))
     except (OSError, ValueError, UserError):
         return {}
     return nodes
 
 
-def _pool(node: plans.Node | None) -> str:
+def _pool(node: PlannedNode | None) -> str:
     """What a node trains on or samples from. Example: `all labels` for RL, `all prompts` for OPD, `first half`."""
     if node is None or node.pool is None or node.settings is None:
         return ""
@@ -154,7 +154,7 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
         state = "at work" if running else "stopped"
     else:
         state = "waiting"
-    times = [row["seconds"] for row in node.metrics[-RECENT_STEPS:] if is_finite_number(row.get("seconds"))]
+    times = finite_values(node.metrics[-RECENT_STEPS:], "seconds")
     step_seconds = sum(times) / len(times) if times else None
     left = (int(steps) - step) * step_seconds if step_seconds is not None and steps is not None else None
     work = _work(folder) if state == "at work" else Work()
@@ -173,10 +173,7 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
         steps_a_minute=60.0 / step_seconds if step_seconds else None,
         seconds_left=0.0 if state in ("done", "failed") else left,
         numbers={key: float(last[key]) for key in [key for key in KEY_METRICS if is_finite_number(last.get(key))][:3]},
-        warnings=tuple(
-            clean(str(row["sentence"]))
-            for row in (*node.warnings, *([node.failure] if node.failure and state == "failed" else []))
-        ),
+        warnings=tuple(clean(str(row["sentence"])) for row in (*node.warnings, node.failure) if row is not None),
         work=work.text,
     )
 
@@ -217,8 +214,7 @@ def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir, flops: Mapping[str
     worked_seconds = worked_flops = 0.0
     for node in nodes:
         if node.state == "done":
-            rows = read_jsonl(run.node(node.node).ledger)
-            seconds = sum(row["seconds"] for row in rows if is_finite_number(row.get("seconds")))
+            seconds = sum(finite_values(read_jsonl(run.node(node.node).ledger), "seconds"))
             finished.setdefault(node.node.split(".")[0], []).append(seconds)
             share = 1.0
         elif node.steps and node.steps_a_minute:
@@ -263,6 +259,7 @@ MARKS: dict[State, tuple[str, str]] = {
 }
 PRIORITY: dict[State, int] = {"at work": 0, "failed": 1, "stopped": 1, "waiting": 2, "done": 3}
 """Which nodes are listed first if there is no room for all."""
+HEADS = ("", "stage", "pool", "arms", "seed", "step", "left")
 UNKNOWN = "unknown yet"
 BAR, METRICS = 16, 30
 """Characters of a bar, and of metrics that it leaves room for."""
@@ -280,32 +277,23 @@ def status_table(status: RunStatus, height: int | None = None, width: int = 110)
     arms = dict.fromkeys(arm for node in status.nodes for arm in node.arms if arm not in BASE_MODELS)
     title = f"{status.name} · {'running' if status.running else 'not running'}"
     table = plain_table(f"{title} · arm {next(iter(arms))}" if len(arms) == 1 else title)
-    heads = ["", "stage", "pool", "arms", "seed", "step", "left"]
-    rows = [heads, *map(_cells, shown)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if len(arms) < 2:
-        widths[heads.index("arms")] = 0
-    left_over = width - sum(size + 2 for size in widths if size)
-    ends = ["metrics"] if left_over >= len("metrics") else []
-    bars = [""] if left_over >= BAR + METRICS else []
-    for head, size in zip(heads, widths, strict=True):
-        if size:
-            right = head in ("step", "left")
-            table.add_column(head, no_wrap=head != "stage" or height is not None, justify="right" if right else "left")
-    for head in (*bars, *ends):
+    rows = [_cells(node) for node in shown]
+    heads = [head for head in HEADS if head != "arms" or len(arms) > 1]
+    left_over = width - sum(2 + max(map(len, (head, *(row[head] for row in rows)))) for head in heads)
+    has_metrics, has_bars = left_over >= len("metrics"), left_over >= BAR + METRICS
+    for head in heads:
+        right = head in ("step", "left")
+        table.add_column(head, no_wrap=head != "stage" or height is not None, justify="right" if right else "left")
+    for head in (*[""] * has_bars, *["metrics"] * has_metrics):
         table.add_column(head, no_wrap=True)
-    for node, cells in zip(shown, rows[1:], strict=True):
-        bar = ProgressBar(node.steps, node.step, width=BAR) if node.state == "at work" and node.steps else ""
-        metrics = _fitting(node, left_over - (BAR + 2) * len(bars) - 1)
-        texts = [
-            Text(cell, style=MARKS[node.state][1] if head == "" else "")
-            for head, cell in zip(heads, cells, strict=True)
-        ]
-        table.add_row(
-            *(text for text, size in zip(texts, widths, strict=True) if size),
-            *([bar] if bars else []),
-            *([metrics] if ends else []),
-        )
+    for node, row in zip(shown, rows, strict=True):
+        cells: list[RenderableType] = [Text(row[head], style="" if head else MARKS[node.state][1]) for head in heads]
+        if has_bars:
+            at_work = node.state == "at work" and node.steps
+            cells.append(ProgressBar(node.steps, node.step, width=BAR) if at_work else "")
+        if has_metrics:
+            cells.append(_fitting(node, left_over - (BAR + 2) * has_bars - 1))
+        table.add_row(*cells)
     summary = f"{status.done} of {len(status.nodes)} nodes done"
     failed = sum(node.state == "failed" for node in status.nodes)
     summary += f", {failed} failed" if failed else ""
@@ -324,13 +312,14 @@ def most_urgent(nodes: Sequence[NodeStatus], limit: int) -> list[NodeStatus]:
     return [nodes[index] for index in sorted(indices)]
 
 
-def _cells(node: NodeStatus) -> list[str]:
-    """Mark, stage, pool, arms, seed, step and time left."""
+def _cells(node: NodeStatus) -> dict[str, str]:
+    """The cells of a node under HEADS."""
     arms = [arm for arm in node.arms if arm not in BASE_MODELS]
     more = f" +{len(arms) - 1}" if len(arms) > 1 else ""
     left = UNKNOWN if node.seconds_left is None else duration(node.seconds_left) if node.seconds_left else ""
     steps = f"{node.step}/{node.steps}" if node.steps else "–"
-    return [MARKS[node.state][0], node.stage, node.pool, "".join(arms[:1]) + more, str(node.seed), steps, left]
+    cells = (MARKS[node.state][0], node.stage, node.pool, "".join(arms[:1]) + more, str(node.seed), steps, left)
+    return dict(zip(HEADS, cells, strict=True))
 
 
 def _fitting(node: NodeStatus, room: int) -> str:

@@ -359,7 +359,7 @@ def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
     def series(*seeds: list[float]) -> list[figures.Series]:
         """The metric of each seed at the steps 1, 2, …"""
         rows = [[{"step": step, "reward": value} for step, value in enumerate(seed, 1)] for seed in seeds]
-        return html_curves.mean_curves([("bridge", rows, "reward")])
+        return html_curves.mean_curves([("bridge", rows)], "reward")
 
     plot = figures.curves("a", "reward", series([0.0, 1.0, 2.0], [2.0, 3.0]))
     # At the common steps 1 and 2 the means are 1 and 2, the minima 0 and 1, the maxima 2 and 3.

@@ -295,6 +295,16 @@ def test_base_model_evaluated_once_is_paired_with_every_seed(tmp_path: Path, fak
     assert contrast == contrasts.find_contrast(fake_report, "bridge", "base_student", "sums")
 
 
+def test_base_model_is_paired_with_seeds_it_lacks(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0, 1), arms={name: ARMS[name] for name in ("base_student", "bridge")})
+    plan = json.loads((out / "plan.json").read_text())
+    del plan["arms"]["base_student"]["1"]
+    (out / "plan.json").write_text(json.dumps(plan))
+    (out / "nodes" / names(out, "bridge", 0)[-1] / "DONE").unlink()  # the bridge has a result on the other seed alone
+    contrast = contrasts.find_contrast(report.build([out]), "bridge", "base_student", "sums")
+    assert contrast is not None and (contrast["seeds"], contrast["labels"]) == (1, {"a": 96, "b": 0})
+
+
 def test_maj_at_k_is_null_if_grader_extracts_no_answers(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))

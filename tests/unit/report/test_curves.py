@@ -20,7 +20,7 @@ from headwater.report.study import read_study
 def line(*values: float) -> list[Series]:
     """A metric of one seed at the steps 1, 2, …"""
     rows = [{"step": step, "value": value} for step, value in enumerate(values, 1)]
-    return mean_curves([("bridge", [rows], "value")])
+    return mean_curves([("bridge", [rows])], "value")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_loss_equal_to_divergence_is_not_drawn_twice(tmp_path: Path, times: floa
 
 def test_curve_element_carries_values_for_script() -> None:
     seeds = [[{"step": 1, "x": 0.25}, {"step": 2, "x": 0.5}], [{"step": 1, "x": 0.75}, {"step": 2, "x": 1.0}]]
-    plot = figures.curves("c", 'a "title"', mean_curves([("b & c", seeds, "x")]), (0.0, 1.25))
+    plot = figures.curves("c", 'a "title"', mean_curves([("b & c", seeds)], "x"), (0.0, 1.25))
     data = json.loads(html.unescape(re.search(r'data-curve="([^"]*)"', plot.element)[1]))  # type: ignore[index]
     line = {"label": "b & c", "colour": 0, "x": [1, 2], "y": [0.5, 0.75], "low": [0.25, 0.5], "high": [0.75, 1.0]}
     assert (data["title"], data["y"], data["lines"]) == ('a "title"', [0.0, 1.25], [line])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headwater.config.arms import CONTRASTS
-from headwater.report.ideas import idea_contrasts, ideas
+from headwater.report.html_contrasts import idea_contrasts, ideas
 from headwater.report.render import render
 from headwater.report.view import RowHeader
 

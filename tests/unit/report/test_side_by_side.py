@@ -54,9 +54,8 @@ def test_comparison_has_row_for_each_arm_and_run(runs: list[Path], tmp_path: Pat
         groups[groups.index(row) + 2], str
     )  # b has no such arm
     assert json.loads((tmp_path / "compare.json").read_text()) == values
-    assert re.search(
-        r"b/run: bridge 100\.0 % \(96 labels, [\d.]+ GFLOPs and \d+ s of training\)\.$", side_by_side.headline(values)
-    )
+    costs = "96 labels, [\\d.]+ GFLOPs and \\d+\u00a0s of training"
+    assert re.search(rf"b/run: bridge 100\.0 % \({costs}\)\.$", side_by_side.headline(values))
 
 
 def test_comparison_page_draws_curves_of_all_runs(runs: list[Path], tmp_path: Path) -> None:
