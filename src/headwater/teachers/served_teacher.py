@@ -125,7 +125,7 @@ class ServedTeacher:
         return [self._top_k(choice, rollout) for choice, rollout in zip(choices, rollouts, strict=True)]
 
     def _choices(self, body: Answer, count: int, entries: int) -> list[Answer]:
-        choices = self.model.client.request("/v1/completions", body, entries).get("choices")
+        choices: Any = self.model.client.request("/v1/completions", body, entries).get("choices")
         are_objects = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
         if not are_objects or len(choices) != count:
             raise self._error(f"does not give {count} choices for {count} prompts")
