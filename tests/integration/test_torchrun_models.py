@@ -6,10 +6,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +34,36 @@ STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "war
 """Adapters, and norms of some kinds, begin at zero: a step that is nothing but rounding would be all that there is of such a weight."""
 
 
-def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
-    """The folders of one run by one process and by two."""
-    single, two = tmp_path / "one", tmp_path / "two"
+def killed_run(out: Path, step: int, *changes: str, options: Sequence[str] = ()) -> Path:
+    """Begin a run by two ranks, of which one is killed as it begins this step; returns the folder of its OPD."""
+    ended = run_ranks(2, *command_of(out, *changes), *options, faults={1: f"step.begun:{step}=kill"})
+    assert [rank.code for rank in ended] == [4, -9], ended
+    return node_of(out, "opd")
+
+
+def assert_resumes_as_one_process(out: Path, size: int, *changes: str, options: Sequence[str] = ()) -> None:
+    """Resume a killed run by this number of ranks, and assert that it is then the run of one process."""
+    again = run_ranks(size, *command_of(out, *changes), *options)
+    assert [rank.code for rank in again] == [0] * size, again
+    single = out.with_name("single")
     result = tiny("run", single, *options, changes=changes)
     assert result.code == 0, result.err
-    ended = run_ranks(2, *command_of(two, *changes), *options)
-    assert [rank.code for rank in ended] == [0, 0], ended
-    return single, two
+    assert_alike(out, single)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
-@pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("output", "size"), [("merged", 1), ("adapter", 2)])
+def test_lora_on_two_ranks_equals_one_and_resumes(output: str, size: int, tmp_path: Path) -> None:
+    """Two ranks train until one is killed in its third step of OPD, and as many as `size` from there to the end."""
+    out = tmp_path / "out"
     changes = (*CHANGES, *STEADY, "models.lora.r=4", "models.lora.alpha=8", f"models.lora.output={output}")
-    single, two = one_and_two(tmp_path, *changes)
-    assert_alike(two, single)
-    broken = tmp_path / "broken"
-    ended = run_ranks(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
-    assert [rank.code for rank in ended] == [4, -9], ended
-    kept = sorted((node_of(broken, "opd") / "checkpoint" / "000002").glob("shard-*"))
+    kept = sorted((killed_run(out, 7, *changes) / "checkpoint" / "000002").glob("shard-*"))
     assert len(kept) == 2
     for path in kept:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith("weight.")]  # noqa: SIM118
         assert names and all(".lora_" in name for name in names)
-    for size in (1, 2):
-        shutil.copytree(broken, tmp_path / str(size))
-        again = run_ranks(size, *command_of(tmp_path / str(size), *changes))
-        assert [rank.code for rank in again] == [0] * size, again
-        assert_alike(tmp_path / str(size), single)
+    assert_resumes_as_one_process(out, size, *changes)
 
 
 def test_each_rank_queries_served_teacher_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
@@ -104,32 +104,30 @@ def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: P
     with serving(Answering(large)) as there:
         teachers = f"models.teacher={{left: 'pocket:qwen3-teacher', right: '{there.url}'}}"
         changes = (*CHANGES, *mapped(tmp_path, *RAW[:3]), teachers)
-        single, two = one_and_two(tmp_path, *changes, options=("--arm", "raw_teacher"))
-    assert_alike(two, single)
+        result = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
+        assert result.code == 0, result.err
+        two = tmp_path / "two"
+        ended = run_ranks(2, *command_of(two, *changes), "--arm", "raw_teacher")
+        assert [rank.code for rank in ended] == [0, 0], ended
+    assert_alike(two, tmp_path / "one")
     cached = rows(node_of(two, "teacher_rollouts") / "cache" / "rollouts.jsonl")
     assert len({row["sampler"] for row in cached}) == 2
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["weights", "adapter"])
-def test_moving_teacher_on_two_ranks_equals_one_and_resumes(adapter: bool, tmp_path: Path) -> None:
-    """The teacher follows the student, which reads fewer words, by a moving average that each rank holds in shards."""
+@pytest.mark.parametrize(("adapter", "size"), [(False, 1), (True, 2)], ids=["weights", "adapter"])
+def test_moving_teacher_on_two_ranks_equals_one_and_resumes(adapter: bool, size: int, tmp_path: Path) -> None:
+    """The teacher follows the student, which reads fewer words, by a moving average that each rank holds in shards.
+
+    Two ranks train until one is killed in its third step of OPD, and as many as `size` from there to the end.
+    """
     if adapter and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")
     teacher = "stages.opd.dense={teacher_weights: {start: 1}, start_update: {decay: 0.5}}"
     changes = (*CHANGES, *STEADY, teacher, "prompt.teacher={template: 'Solve: {problem}'}")
     changes += ("models.lora={r: 4, roles: [student]}",) if adapter else ()
-    options = ("--arm", "opd_only")
-    single, two = one_and_two(tmp_path, *changes, options=options)
-    assert_alike(two, single)
-    broken = tmp_path / "broken"
-    ended = run_ranks(2, *command_of(broken, *changes), *options, faults={1: "step.begun:5=kill"})
-    assert [rank.code for rank in ended] == [4, -9], ended
-    assert list((node_of(broken, "opd") / "checkpoint").glob("*/start-copy/shard-*"))
-    for size in (2,) if adapter else (1, 2):
-        shutil.copytree(broken, tmp_path / str(size))
-        again = run_ranks(size, *command_of(tmp_path / str(size), *changes), *options)
-        assert [rank.code for rank in again] == [0] * size, again
-        assert_alike(tmp_path / str(size), single)
+    out, options = tmp_path / "out", ("--arm", "opd_only")
+    assert list((killed_run(out, 5, *changes, options=options) / "checkpoint").glob("*/start-copy/shard-*"))
+    assert_resumes_as_one_process(out, size, *changes, options=options)
 
 
 def test_four_bit_weights_on_several_ranks_are_refused() -> None:

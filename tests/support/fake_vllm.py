@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -140,5 +141,6 @@ if __name__ == "__main__":
     with (
         mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())),
         mock.patch("headwater.report.html.page", return_value=Page("")),
+        mock.patch("headwater.distributed.process_group.FAILURE_TIMEOUT", timedelta(seconds=2)),
     ):
         main()
