@@ -144,13 +144,6 @@ def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import tiny_folder
-
-    return tiny_folder(tmp_path_factory.mktemp("models") / "llama", "llama", seed=1)
-
-
-@pytest.fixture(scope="session")
 def pocket_folder() -> Path:
     """Folder of the shipped pocket models, such as pocket_folder / "qwen3-student"."""
     return Path(str(files("headwater"))) / "pocket"

@@ -4,11 +4,6 @@ none of them holds a whole model while it loads."""
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from forked_ranks import run_ranks
+from forked_ranks import printed_rows, run_ranks, start_ranks
 from headwater.config.lora import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
@@ -24,9 +19,9 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from ranks_memory import make
-from runs import environment, rows, tiny
+from runs import rows, tagged, tiny
 from serving import Answering, serving
-from tests.integration.test_teachers import RAW, mapped
+from tests.integration.test_teachers import RAW
 from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, node_of
 from tiny import CPU, MODELS
 
@@ -103,7 +98,7 @@ def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: P
     )
     with serving(Answering(large)) as there:
         teachers = f"models.teacher={{left: 'pocket:qwen3-teacher', right: '{there.url}'}}"
-        changes = (*CHANGES, *mapped(tmp_path, *RAW[:3]), teachers)
+        changes = (*CHANGES, *tagged(tmp_path, "left", "right"), "conditions.problems=1", *RAW[:3], teachers)
         result = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
         assert result.code == 0, result.err
         two = tmp_path / "two"
@@ -139,38 +134,12 @@ def test_four_bit_weights_on_several_ranks_are_refused() -> None:
         )
 
 
-def start_ranks(model: Path, size: int) -> list[subprocess.Popen[str]]:
-    """Processes that measure their memory, with the environment that torchrun would give them."""
-    script = Path(__file__).parents[1] / "support" / "ranks_memory.py"
-    paths = os.pathsep.join([str(script.parent), *(entry for entry in sys.path if entry)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), "--model", str(model), "--steps", "1"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-
-
-def measurements(processes: list[subprocess.Popen[str]]) -> list[dict[str, float]]:
-    rows = []
-    for process in processes:
-        out, err = process.communicate(timeout=280)
-        assert process.returncode == 0, err
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return rows
-
-
 def test_no_rank_holds_whole_model_while_loading_and_training(tmp_path: Path) -> None:
     """107 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
     make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
-    single, pair = start_ranks(tmp_path / "model", 1), start_ranks(tmp_path / "model", 2)
-    (alone,), two = measurements(single), measurements(pair)
+    options = ("--model", tmp_path / "model", "--steps", "1")
+    single, pair = (start_ranks("ranks_memory.py", size, *options) for size in (1, 2))
+    (alone,), two = printed_rows(single), printed_rows(pair)
     whole = alone["weights_mb"]
     assert alone["loaded_mb"] > 0.95 * whole and alone["load_peak_mb"] > 1.9 * whole
     for rank in two:
