@@ -45,12 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make a folder that all xdist workers share; they inherit the environment variables.
 
     Compiled modules are kept also where the machine switches that off: otherwise each process that a test starts compiles the
-    package again, and each xdist worker all test files.
+    package again, and each xdist worker all test files. Files are not synced to disk, in forks neither: that takes a third of a
+    run's time, and only a failure of the machine could show it. Programs that a test starts as new processes do sync.
     """
     if not hasattr(config, "workerinput"):
         os.environ["HEADWATER_TESTS_SHARED"] = tempfile.mkdtemp(prefix="headwater-tests-")
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    os.fsync = lambda descriptor: None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -139,13 +141,6 @@ def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_folder
 
     return tiny_folder(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
-
-
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny import tiny_folder
-
-    return tiny_folder(tmp_path_factory.mktemp("models") / "llama", "llama", seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -14,18 +14,22 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 import urllib.request
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from forked_study import start
 from headwater.config.builtin import builtin_text
 from headwater.tasks import sums
-from runs import TINY, CommandResult, call, environment, program, tiny
+from runs import TINY, CommandResult, call, tiny
 from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, parse_error
 
-STUDY = "study pocket --dry-run"
+FEW = "--set data.labeled.generate.count=600 --set data.evals.sums.generate.count=8"
+"""Problems of a scaled-down `pocket`: the largest budget of the sweeps below is 512."""
+STUDY = f"study pocket --dry-run {FEW}"
 
 VERBATIM = {  # command -> regular expression of its output
     "eval --compare before.json after.json": r"lenient +student 50.0% +student 100.0% +2 +\+50.0 points",
@@ -111,7 +115,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     "--set guards.no_signal=continue  "
     "--set data.labeled.generate.dials.skills=96 --set data.evals.skills.generate.dials.skills=96 --out RUNS/skills-96": (
         "study pocket-skills --arms bridge_1h,bridge_rl,replay --seeds 0,1,2,3,4 --set stages.teacher_rl.epochs=20 "
-        "--set guards.no_signal=continue "
+        "--set guards.no_signal=continue --set data.labeled.generate.count=200 --set data.evals.skills.generate.count=8 "
         "--set data.labeled.generate.dials.skills=96 --set data.evals.skills.generate.dials.skills=96 --dry-run",
         "teacher_rl",
     ),
@@ -129,6 +133,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     "study pocket-skills --arms bridge,bridge_plus --seeds 0,1,2,3,4 --set stages.teacher_rl.epochs=20 "
     "--set guards.no_signal=continue  --set labels.split=full --set conditions.problems=0 --out RUNS/skills-plus": (
         "study pocket-skills --arms bridge,bridge_plus --seeds 0 --set stages.teacher_rl.epochs=20 --set guards.no_signal=continue "
+        "--set data.labeled.generate.count=200 --set data.evals.skills.generate.count=8 "
         "--set labels.split=full --set conditions.problems=0 --dry-run",
         "teacher_rl",
     ),
@@ -141,7 +146,8 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "teacher_rl",
     ),
     "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out RUNS/countdown": (
-        "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --dry-run",
+        "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --dry-run "
+        "--set data.labeled.generate.count=300 --set data.evals.countdown.generate.count=8",
         "teacher_rl",
     ),
     "study desk --seeds 0,1,2 --out runs/desk": ("study desk --dry-run", "teacher_rl"),
@@ -150,7 +156,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "teacher_rl",
     ),
     "sweep RECIPE --vary labels\\|teacher\\|lambda\\|FIELD": (
-        "sweep pocket --vary labels --seeds 0,1,2 --dry-run",
+        f"sweep pocket --vary labels --seeds 0,1,2 --dry-run {FEW}",
         "labels",
     ),
     "sweep RECIPE --vary WHAT [--values a,b,c] [--arms a,b] [--seeds 0,1] [--out DIR]": (
@@ -165,15 +171,21 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "sweep my.yaml --vary stages.opd.optim.lr --values 1e-4,3e-4,1e-3 --arms bridge --seeds 101 --dry-run",
         "0.0003|3e-4",
     ),
-    "sweep pocket --vary labels --seeds 0,1,2": ("sweep pocket --vary labels --seeds 0,1,2 --dry-run", "labels"),
-    "sweep pocket --vary lambda --seeds 0,1,2": ("sweep pocket --vary lambda --seeds 0,1,2 --dry-run", "lambda|λ"),
-    "sweep pocket --vary teacher --seeds 0,1,2": ("sweep pocket --vary teacher --seeds 0,1,2 --dry-run", "teacher"),
+    "sweep pocket --vary labels --seeds 0,1,2": (f"sweep pocket --vary labels --seeds 0,1,2 --dry-run {FEW}", "labels"),
+    "sweep pocket --vary lambda --seeds 0,1,2": (
+        f"sweep pocket --vary lambda --seeds 0,1,2 --dry-run {FEW}",
+        "lambda|λ",
+    ),
+    "sweep pocket --vary teacher --seeds 0,1,2": (
+        f"sweep pocket --vary teacher --seeds 0,1,2 --dry-run {FEW}",
+        "teacher",
+    ),
     "sweep pocket --vary labels --values 64,128,256,512 --seeds 0,1,2 --out RUNS/labels": (
-        "sweep pocket --vary labels --values 64,128,256,512 --seeds 0,1,2 --dry-run",
+        f"sweep pocket --vary labels --values 64,128,256,512 --seeds 0,1,2 --dry-run {FEW}",
         "512",
     ),
     "sweep pocket --vary lambda --seeds 0,1,2 --out RUNS/lambda": (
-        "sweep pocket --vary lambda --seeds 0,1,2 --dry-run",
+        f"sweep pocket --vary lambda --seeds 0,1,2 --dry-run {FEW}",
         "lambda|λ",
     ),
     "init mine --student STUDENT --teacher TEACHER --data problems.jsonl > my.yaml": (
@@ -336,19 +348,15 @@ def test_docs_command_parses(command: str) -> None:
         assert (ROOT / name).exists()
 
 
-def test_report_serve_answers_and_ends_on_interrupt(work_folder: Path) -> None:
-    words = [*shlex.split("report runs/demo --serve"), "--port", "0"]
-    with subprocess.Popen(
-        program(*words), cwd=work_folder, stdout=subprocess.PIPE, text=True, env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in background jobs
-    ) as server:  # fmt: skip
-        assert server.stdout is not None
-        address = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
-        assert address is not None
-        with urllib.request.urlopen(address[0], timeout=60) as answer:
-            assert "direct_grpo" in answer.read().decode()
-        server.send_signal(2)
-        assert server.wait(20) == 130
+def test_report_serve_answers_and_ends_on_interrupt(work_folder: Path, tmp_path: Path) -> None:
+    server = start(tmp_path / "server", "report", work_folder / "runs/demo", "--serve", "--port", "0", whole=True)
+    while (address := re.search(r"http://127\.0\.0\.1:\d+/", server.out())) is None:
+        assert server.poll() is None, server.err()
+        time.sleep(0.005)
+    with urllib.request.urlopen(address[0], timeout=60) as answer:
+        assert "direct_grpo" in answer.read().decode()
+    server.kill(signal.SIGINT)
+    assert server.wait(20) == 130
 
 
 def test_docs_lines_of_other_programs_are_listed() -> None:

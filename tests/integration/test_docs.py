@@ -253,6 +253,7 @@ def test_two_gpu_example_command_parses() -> None:
     assert parse_error(command[1]) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_own_grader_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -60,7 +60,7 @@ def copy_with(edits: list[Edit], folder: Path) -> Path:
 
 def run_copy(copy: Path, *argv: str | Path, script: str | None = None) -> ProcessResult:
     """Run the copy's program, or a module with the copy's package, in a process that has the libraries loaded."""
-    return warm_runs().run(*argv, whole=True, place=Place(copy, copy / "src", script))
+    return warm_runs().run(*argv, whole=True, undrawn=True, place=Place(copy, copy / "src", script))
 
 
 def test_adding_arm_takes_one_edit(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_documented_programs_run_as_printed(tmp_path: Path) -> None:
     (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     printed = {}
     for name in ("train.py", "check.py"):
-        ended = warm_runs().run(place=Place(tmp_path, script=tmp_path / name))
+        ended = warm_runs().run(whole=True, undrawn=True, place=Place(tmp_path, script=tmp_path / name))
         assert ended.code == 0, ended.err
         printed[name] = ended.out.splitlines()
     metrics = next((tmp_path / "runs" / "mine" / "nodes").glob("student_rl*/metrics.jsonl"))

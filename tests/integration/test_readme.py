@@ -26,6 +26,7 @@ def commands() -> list[str]:
     return re.findall(r"^    \.venv/bin/headwater (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_readme_commands_for_own_problems_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(20)]

@@ -19,6 +19,9 @@ SET_OPD = [
 ] + ["--set", "compute.microbatch_tokens=16384"]
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with prompts, problems with answers and a recipe for distillation."""

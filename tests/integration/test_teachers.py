@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from headwater.data.sources import load as load_source
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
-from runs import load_json, node, rows, sets, tiny
+from runs import load_json, node, rows, sets, tagged, tiny
 from serving import Answering, serving
 from tiny import CPU, MODELS, same_bits
 
@@ -163,38 +162,23 @@ def test_two_ranks_score_ahead_on_slow_server_bit_for_bit(pocket_teacher: Policy
 # Teachers by tag ------------------------------------------------------------------------------------------------------
 
 
-def problems(path: Path, tags: tuple[str, ...] = ("left", "right")) -> Path:
-    lines = [
-        {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
-    ]
-    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-    return path
-
-
 def test_problem_tag_is_read_from_tag_column(tmp_path: Path) -> None:
-    path = problems(tmp_path / "p.jsonl")
-    tagged = load_source(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
-    assert [problem.tag for problem in tagged.problems[:3]] == ["left", "right", "left"]
+    tagged(tmp_path, "left", "right")
+    path = tmp_path / "labeled.jsonl"
+    loaded = load_source(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
+    assert [problem.tag for problem in loaded.problems[:3]] == ["left", "right", "left"]
     assert {
         problem.tag for problem in load_source(Source(path=str(path)), "data.labeled", need_answers=True).problems
     } == {""}
 
 
-def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "right")) -> tuple[str, ...]:
-    source = f"{{path: {problems(tmp_path / 'p.jsonl', tags)}, columns: {{tag: kind}}}}"
-    held_out = tmp_path / "e.jsonl"
-    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "left"}), encoding="utf-8")
-    return (
-        "models.teacher={left: 'pocket:qwen3-teacher', right: 'pocket:qwen3-teacher-large'}",
-        f"data.labeled={source}",
-        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
-        "conditions.problems=1",
-        *changes,
-    )
+def mapped(tmp_path: Path, *tags: str) -> tuple[str, ...]:
+    teachers = "models.teacher={left: 'pocket:qwen3-teacher', right: 'pocket:qwen3-teacher-large'}"
+    return (teachers, *tagged(tmp_path, *tags), "conditions.problems=1")
 
 
 def test_cached_rollouts_come_from_teacher_of_their_tag(tmp_path: Path) -> None:
-    result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
+    result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path, "left", "right"))
     assert result.code == 0, result.err
     cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
     samplers = {row["sampler"] for row in cached}
@@ -212,7 +196,7 @@ def test_cached_rollouts_come_from_teacher_of_their_tag(tmp_path: Path) -> None:
 def test_invalid_teacher_mapping_is_refused_in_one_sentence(
     arm: str, tags: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    result = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
+    result = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, *tags))
     assert result.code == 2 and message in result.err and len(result.complaints) == 1
 
 
@@ -222,8 +206,8 @@ def test_invalid_teacher_mapping_is_refused_in_one_sentence(
 def test_async_scoring_gives_same_metrics_and_is_deterministic(tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("plain", "ahead", "again")]
     for out, parts in zip(outs, (1, 4, 4), strict=True):
-        assert tiny("run", out, changes=[f"compute.score_ahead={parts}"]).code == 0
-    plain, ahead, again = (rows(node(out, "bridge_rl", "opd") / "metrics.jsonl") for out in outs)
+        assert tiny("run", out, "--arm", "raw_teacher", changes=[f"compute.score_ahead={parts}"]).code == 0
+    plain, ahead, again = (rows(node(out, "raw_teacher", "opd") / "metrics.jsonl") for out in outs)
     for first, other, third in zip(plain, ahead, again, strict=True):
         assert other["loss"] == pytest.approx(first["loss"], rel=1e-3, abs=1e-6)
         assert other["loss"] == third["loss"] and other["grad_norm"] == third["grad_norm"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,14 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig
 
 from forked_ranks import run_ranks
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks, split_minibatches
-from runs import WHOLE_ARM, environment, infos, load_json, node, rows, sets, temporary, tiny
-from tiny import rollout_of, stage_of, tiny_model
+from runs import WHOLE_ARM, environment, free_port, infos, load_json, node, rows, sets, tagged, temporary, tiny
+from tiny import rollout_of, stage_of, tiny_folder
 from tools.pretrain.pocket import make_tokenizer
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
@@ -113,14 +110,9 @@ def test_two_ranks_equal_one_with_same_ledger(tmp_path: Path) -> None:
 
 
 def test_two_ranks_equal_one_with_teacher_of_other_tokenizer(tmp_path: Path) -> None:
-    folder, tokenizer = tmp_path / "pairs", make_tokenizer("pairs")
-    model = tiny_model(seed=5, vocab_size=len(tokenizer))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     changes = (
         *CHANGES,
-        f"models.teacher={folder}",
+        f"models.teacher={tiny_folder(tmp_path / 'pairs', seed=5, tokenizer=make_tokenizer('pairs'))}",
         "stages.warmup.dense.tokenizers=prefix",
         "stages.opd.dense.tokenizers=prefix",
     )
@@ -132,14 +124,9 @@ def test_two_ranks_equal_one_with_teacher_of_other_tokenizer(tmp_path: Path) -> 
 
 
 def test_two_ranks_score_ahead_and_normalize_by_tag_as_one_process(tmp_path: Path) -> None:
-    lines = [{"problem": f"{10 + i}+{20 + 3 * i}", "answer": str(30 + 4 * i), "kind": "ab"[i % 2]} for i in range(24)]
-    problems, held_out = tmp_path / "p.jsonl", tmp_path / "e.jsonl"
-    problems.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "a"}), encoding="utf-8")
     changes = (
         *CHANGES,
-        f"data.labeled={{path: {problems}, columns: {{tag: kind}}}}",
-        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
+        *tagged(tmp_path, "a", "b"),
         "stages.warmup.dense.normalize=tags",
         "stages.opd.dense.normalize=tags",
         "conditions.problems=0",
@@ -235,11 +222,8 @@ def lose_machine(agent: subprocess.Popen[str]) -> None:
 @contextlib.contextmanager
 def two_machines(out: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Two agents of torchrun on the loopback, each with one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two-machines"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "two-machines"]
     argv = [*launcher, "--local-addr", "127.0.0.1", "-m", "headwater", *map(str, command(out))]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
     agents = [subprocess.Popen(argv, **pipes) for _ in range(2)]

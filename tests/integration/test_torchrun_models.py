@@ -4,19 +4,14 @@ none of them holds a whole model while it loads."""
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from forked_ranks import run_ranks
+from forked_ranks import printed_rows, run_ranks, start_ranks
 from headwater.config.lora import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
@@ -24,9 +19,9 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from ranks_memory import make
-from runs import environment, rows, tiny
+from runs import rows, tagged, tiny
 from serving import Answering, serving
-from tests.integration.test_teachers import RAW, mapped
+from tests.integration.test_teachers import RAW
 from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, node_of
 from tiny import CPU, MODELS
 
@@ -34,36 +29,36 @@ STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "war
 """Adapters, and norms of some kinds, begin at zero: a step that is nothing but rounding would be all that there is of such a weight."""
 
 
-def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
-    """The folders of one run by one process and by two."""
-    single, two = tmp_path / "one", tmp_path / "two"
+def killed_run(out: Path, step: int, *changes: str, options: Sequence[str] = ()) -> Path:
+    """Begin a run by two ranks, of which one is killed as it begins this step; returns the folder of its OPD."""
+    ended = run_ranks(2, *command_of(out, *changes), *options, faults={1: f"step.begun:{step}=kill"})
+    assert [rank.code for rank in ended] == [4, -9], ended
+    return node_of(out, "opd")
+
+
+def assert_resumes_as_one_process(out: Path, size: int, *changes: str, options: Sequence[str] = ()) -> None:
+    """Resume a killed run by this number of ranks, and assert that it is then the run of one process."""
+    again = run_ranks(size, *command_of(out, *changes), *options)
+    assert [rank.code for rank in again] == [0] * size, again
+    single = out.with_name("single")
     result = tiny("run", single, *options, changes=changes)
     assert result.code == 0, result.err
-    ended = run_ranks(2, *command_of(two, *changes), *options)
-    assert [rank.code for rank in ended] == [0, 0], ended
-    return single, two
+    assert_alike(out, single)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
-@pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("output", "size"), [("merged", 1), ("adapter", 2)])
+def test_lora_on_two_ranks_equals_one_and_resumes(output: str, size: int, tmp_path: Path) -> None:
+    """Two ranks train until one is killed in its third step of OPD, and as many as `size` from there to the end."""
+    out = tmp_path / "out"
     changes = (*CHANGES, *STEADY, "models.lora.r=4", "models.lora.alpha=8", f"models.lora.output={output}")
-    single, two = one_and_two(tmp_path, *changes)
-    assert_alike(two, single)
-    broken = tmp_path / "broken"
-    ended = run_ranks(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
-    assert [rank.code for rank in ended] == [4, -9], ended
-    kept = sorted((node_of(broken, "opd") / "checkpoint" / "000002").glob("shard-*"))
+    kept = sorted((killed_run(out, 7, *changes) / "checkpoint" / "000002").glob("shard-*"))
     assert len(kept) == 2
     for path in kept:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith("weight.")]  # noqa: SIM118
         assert names and all(".lora_" in name for name in names)
-    for size in (1, 2):
-        shutil.copytree(broken, tmp_path / str(size))
-        again = run_ranks(size, *command_of(tmp_path / str(size), *changes))
-        assert [rank.code for rank in again] == [0] * size, again
-        assert_alike(tmp_path / str(size), single)
+    assert_resumes_as_one_process(out, size, *changes)
 
 
 def test_each_rank_queries_served_teacher_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
@@ -103,33 +98,31 @@ def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: P
     )
     with serving(Answering(large)) as there:
         teachers = f"models.teacher={{left: 'pocket:qwen3-teacher', right: '{there.url}'}}"
-        changes = (*CHANGES, *mapped(tmp_path, *RAW[:3]), teachers)
-        single, two = one_and_two(tmp_path, *changes, options=("--arm", "raw_teacher"))
-    assert_alike(two, single)
+        changes = (*CHANGES, *tagged(tmp_path, "left", "right"), "conditions.problems=1", *RAW[:3], teachers)
+        result = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
+        assert result.code == 0, result.err
+        two = tmp_path / "two"
+        ended = run_ranks(2, *command_of(two, *changes), "--arm", "raw_teacher")
+        assert [rank.code for rank in ended] == [0, 0], ended
+    assert_alike(two, tmp_path / "one")
     cached = rows(node_of(two, "teacher_rollouts") / "cache" / "rollouts.jsonl")
     assert len({row["sampler"] for row in cached}) == 2
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["weights", "adapter"])
-def test_moving_teacher_on_two_ranks_equals_one_and_resumes(adapter: bool, tmp_path: Path) -> None:
-    """The teacher follows the student, which reads fewer words, by a moving average that each rank holds in shards."""
+@pytest.mark.parametrize(("adapter", "size"), [(False, 1), (True, 2)], ids=["weights", "adapter"])
+def test_moving_teacher_on_two_ranks_equals_one_and_resumes(adapter: bool, size: int, tmp_path: Path) -> None:
+    """The teacher follows the student, which reads fewer words, by a moving average that each rank holds in shards.
+
+    Two ranks train until one is killed in its third step of OPD, and as many as `size` from there to the end.
+    """
     if adapter and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")
     teacher = "stages.opd.dense={teacher_weights: {start: 1}, start_update: {decay: 0.5}}"
     changes = (*CHANGES, *STEADY, teacher, "prompt.teacher={template: 'Solve: {problem}'}")
     changes += ("models.lora={r: 4, roles: [student]}",) if adapter else ()
-    options = ("--arm", "opd_only")
-    single, two = one_and_two(tmp_path, *changes, options=options)
-    assert_alike(two, single)
-    broken = tmp_path / "broken"
-    ended = run_ranks(2, *command_of(broken, *changes), *options, faults={1: "step.begun:5=kill"})
-    assert [rank.code for rank in ended] == [4, -9], ended
-    assert list((node_of(broken, "opd") / "checkpoint").glob("*/start-copy/shard-*"))
-    for size in (2,) if adapter else (1, 2):
-        shutil.copytree(broken, tmp_path / str(size))
-        again = run_ranks(size, *command_of(tmp_path / str(size), *changes), *options)
-        assert [rank.code for rank in again] == [0] * size, again
-        assert_alike(tmp_path / str(size), single)
+    out, options = tmp_path / "out", ("--arm", "opd_only")
+    assert list((killed_run(out, 5, *changes, options=options) / "checkpoint").glob("*/start-copy/shard-*"))
+    assert_resumes_as_one_process(out, size, *changes, options=options)
 
 
 def test_four_bit_weights_on_several_ranks_are_refused() -> None:
@@ -141,38 +134,12 @@ def test_four_bit_weights_on_several_ranks_are_refused() -> None:
         )
 
 
-def start_ranks(model: Path, size: int) -> list[subprocess.Popen[str]]:
-    """Processes that measure their memory, with the environment that torchrun would give them."""
-    script = Path(__file__).parents[1] / "support" / "ranks_memory.py"
-    paths = os.pathsep.join([str(script.parent), *(entry for entry in sys.path if entry)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), "--model", str(model), "--steps", "1"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-
-
-def measurements(processes: list[subprocess.Popen[str]]) -> list[dict[str, float]]:
-    rows = []
-    for process in processes:
-        out, err = process.communicate(timeout=280)
-        assert process.returncode == 0, err
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return rows
-
-
 def test_no_rank_holds_whole_model_while_loading_and_training(tmp_path: Path) -> None:
     """107 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
     make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
-    single, pair = start_ranks(tmp_path / "model", 1), start_ranks(tmp_path / "model", 2)
-    (alone,), two = measurements(single), measurements(pair)
+    options = ("--model", tmp_path / "model", "--steps", "1")
+    single, pair = (start_ranks("ranks_memory.py", size, *options) for size in (1, 2))
+    (alone,), two = printed_rows(single), printed_rows(pair)
     whole = alone["weights_mb"]
     assert alone["loaded_mb"] > 0.95 * whole and alone["load_peak_mb"] > 1.9 * whole
     for rank in two:

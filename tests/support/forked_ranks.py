@@ -5,8 +5,11 @@ run_ranks(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    
 
 from __future__ import annotations
 
+import json
 import os
-import socket
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import forked_runs
-from forked_runs import Place, warm_runs
+from forked_runs import Place, request_of, warm_runs
+from runs import environment, free_port
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,7 @@ def run_ranks(
 
 
 def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size, began, pids = request["size"], time.monotonic(), {}
+    size, port, began, pids = request["size"], free_port(), time.monotonic(), {}
     for rank in range(size):
         (folder / str(rank)).mkdir()
         pid = os.fork()
@@ -57,10 +58,10 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in world.items()}
             fault = request["faults"].get(str(rank))
-            run_request = {"argv": request["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
-            run_request |= Place(script=request["script"]).request()
             try:
-                forked_runs.child(run_request, folder / str(rank))
+                forked_runs.child(
+                    request_of(request["argv"], Place(script=request["script"]), fault), folder / str(rank)
+                )
             finally:
                 os._exit(99)
         pids[pid] = rank
@@ -72,12 +73,39 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             message = (folder / str(pids[pid]) / "err").read_text(errors="replace")
             code = os.waitstatus_to_exitcode(status)
             ended[pids[pid]] = {"code": code, "err": message, "seconds": time.monotonic() - began}
-        for path, number in [signal for signal in signals if list(Path("/").glob(signal[0].lstrip("/")))]:
+        for path, number in [due for due in signals if list(Path("/").glob(due[0].lstrip("/")))]:
             signals.remove([path, number])
-            for run_request in [pid for pid, rank in pids.items() if rank not in ended]:
-                os.kill(run_request, number)
+            for running in [pid for pid, rank in pids.items() if rank not in ended]:
+                os.kill(running, number)
         if time.monotonic() - began > request["patience"]:
-            for run_request in [pid for pid, rank in pids.items() if rank not in ended]:
-                os.kill(run_request, 9)
+            for running in [pid for pid, rank in pids.items() if rank not in ended]:
+                os.kill(running, signal.SIGKILL)
         time.sleep(0.005)
     return [ended[rank] for rank in range(size)]
+
+
+# Ranks that must be new processes --------------------------------------------------------------------------------------
+
+
+def start_ranks(script: str, size: int, *argv: str | Path) -> list[subprocess.Popen[str]]:
+    """Start a program of this folder in the environment that torchrun would give to each of its processes."""
+    here = Path(__file__).parent
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world["PYTHONPATH"] = os.pathsep.join([str(here), *(entry for entry in sys.path if entry)])
+    return [
+        subprocess.Popen(
+            [sys.executable, here / script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def printed_rows(processes: list[subprocess.Popen[str]], seconds: float = 280) -> list[dict[str, Any]]:
+    """The lines of JSON that processes print before they end with exit code 0, in the order of the processes."""
+    rows = []
+    for process in processes:
+        out, err = process.communicate(timeout=seconds)
+        assert process.returncode == 0, err
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return rows

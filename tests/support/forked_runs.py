@@ -5,7 +5,7 @@
 
 The parent is itself a fork of this process, from before its first backward pass (autograd refuses one in a fork of a process that
 has run one). It has one thread and runs no backward pass, so that it can be forked safely. A child leads its own process group.
-Preflight and the HTML page, the slowest parts, are skipped unless `whole`.
+Preflight and the HTML page, the slowest parts, are skipped unless `whole`, and the page's figures if `undrawn`.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class ForkedRuns:
         signals: Sequence[tuple[float, int]] = (),
         user: int | None = None,
         whole: bool = False,
+        undrawn: bool = False,
         then: str = "",
         patience: float = 280,
         place: Place | None = None,
@@ -81,14 +82,16 @@ class ForkedRuns:
         kill_after  seconds until its whole process group is killed, if it is still there
         signals     (seconds, number) sent to it alone
         user        id of the user that it runs as
+        whole       with preflight and the HTML page
+        undrawn     with empty figures on that page
         patience    seconds after which a run that should have ended is killed
         then        a point that stops at its first arrival until a second run of the same program has ended; see `err`
         """
-        request = {
-            "argv": [str(word) for word in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
-            "user": user, "whole": whole, "then": then, "patience": patience,
+        request = request_of(argv, place, fault) | {
+            "kill_after": kill_after, "signals": list(signals), "user": user, "whole": whole, "undrawn": undrawn,
+            "then": then, "patience": patience,
         }  # fmt: skip
-        result = self.ask("forked_runs:one_run", request | (place or Place()).request())
+        result = self.ask("forked_runs:one_run", request)
         return ProcessResult(**{**result, "usage": [tuple(sample) for sample in result["usage"]]})
 
     def ask(self, function: str, request: dict[str, Any]) -> Any:
@@ -121,8 +124,12 @@ class Place:
     source: Path | None = None
     script: Path | str | None = None
 
-    def request(self) -> dict[str, str | None]:
-        return {name: None if path is None else str(path) for name, path in vars(self).items()}
+
+def request_of(argv: Sequence[str | Path], place: Place | None = None, fault: str | None = None) -> dict[str, Any]:
+    """What `child` is asked to run, with the defaults of `ForkedRuns.run`."""
+    where = {name: None if path is None else str(path) for name, path in vars(place or Place()).items()}
+    plain = {"user": None, "whole": False, "undrawn": False, "then": ""}
+    return {"argv": [str(word) for word in argv], "fault": fault, **plain, **where}
 
 
 @cache
@@ -251,9 +258,11 @@ def child(request: dict[str, Any], folder: Path) -> None:
     fault_points.arm(arrived)
     code: Any = 0
     with contextlib.ExitStack() as stack:
-        if not request["whole"] and request["script"] is None:
+        if not request["whole"]:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
             stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
+        if request["undrawn"]:
+            stack.enter_context(mock.patch("headwater.report.figures.as_file", return_value="<svg><g></g></svg>"))
         stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *request["argv"]]))
         try:
             main()
@@ -293,6 +302,5 @@ def rerun(argv: list[str], folder: Path) -> None:
     """Run the same command in a second process and print its result to this one's stderr."""
     there = folder / "second"
     there.mkdir()
-    request = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
-    result = one_run({**request, **Place().request(), "patience": 60}, there)
+    result = one_run(request_of(argv) | {"kill_after": None, "signals": [], "patience": 60}, there)
     print(f"second: {result['code']}: {result['err'].strip().splitlines()[-1]}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import forked_runs
-from forked_runs import Place, warm_runs
+from forked_runs import request_of, warm_runs
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,24 @@ def is_alive(pid: int) -> bool:
 
 
 def start(
-    folder: Path, *argv: str | Path, whole: bool = False, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *argv: str | Path,
+    whole: bool = False,
+    undrawn: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> RunningProcess:
     """Start a run and return while it runs.
 
     folder       is made for its stdout and stderr
     whole        with preflight and the HTML page
+    undrawn      with empty figures on that page
     environment  variables that it gets in addition
     """
     folder.mkdir()
-    request = {"argv": [str(word) for word in argv], "fault": None, "user": None, "whole": whole, "then": ""}
-    request |= Place().request() | {"folder": str(folder), "environment": dict(environment or {})}
+    for name in ("out", "err"):
+        (folder / name).touch()
+    more = {"whole": whole, "undrawn": undrawn, "folder": str(folder), "environment": dict(environment or {})}
+    request = request_of(argv) | more
     return RunningProcess(warm_runs().ask("forked_study:start_run", request), folder)
 
 

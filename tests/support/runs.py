@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -170,6 +177,18 @@ def done(folder: Path) -> dict[str, Any]:
     """Content of DONE without the checksums of files that contain seconds."""
     result = {key: value for key, value in load_json(folder / "DONE").items() if key != "check"}
     return {**result, "sums": {name: sum_ for name, sum_ in result["sums"].items() if name not in TIMED}}
+
+
+def tagged(folder: Path, *tags: str) -> tuple[str, str]:
+    """Changes to problems whose tags take turns, in labeled.jsonl, and to an evaluation of one problem with the first tag."""
+    lines = [
+        {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
+    ]
+    held_out = [{"problem": "55+11", "answer": "66", "kind": tags[0]}]
+    for name, content in (("labeled", lines), ("held_out", held_out)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)), encoding="utf-8")
+    labeled, sums = (f"{{path: {folder / name}.jsonl, columns: {{tag: kind}}}}" for name in ("labeled", "held_out"))
+    return f"data.labeled={labeled}", f"data.evals.sums={sums}"
 
 
 def temporary() -> Path:

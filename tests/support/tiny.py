@@ -84,10 +84,16 @@ def copied(policy: Policy) -> Policy:
     return replace(policy, model=model, body=split_head(model, CPU)[0], head=split_head(model, CPU)[1])
 
 
-def tiny_folder(folder: Path, architecture: str = "qwen3", seed: int = 0, **more: Any) -> Path:
+def tiny_folder(
+    folder: Path,
+    architecture: str = "qwen3",
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **more: Any,
+) -> Path:
     """A plain Hugging Face folder: config, safetensors, generation config, tokenizer with a chat template."""
-    tokenizer = make_tokenizer()
-    model = tiny_model(architecture, seed, **more)
+    tokenizer = tokenizer or make_tokenizer()
+    model = tiny_model(architecture, seed, **{"vocab_size": len(tokenizer), **more})
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -113,6 +113,7 @@ def sentence(result: CommandResult) -> str:
     return line
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path) -> None:
     path, out = recipe(tmp_path / "mine.yaml"), tmp_path / "out"
     result = call("run", path, *WHOLE_ARM, "--out", out, "--set", "guards.patience=2")
@@ -191,7 +192,7 @@ def test_user_grader_and_files_work_from_current_directory(tmp_path: Path) -> No
         data={"labeled": "mine.jsonl", "evals": {"math500": {"path": str(MATH500), "limit": 4}}},
     )
     words = ("run", "mine.yaml", "--out", "out", "--arm", "direct_grpo")
-    done = warm_runs().run(*words, whole=True, place=Place(tmp_path))
+    done = warm_runs().run(*words, whole=True, undrawn=True, place=Place(tmp_path))
     assert done.code == 0, done.err
     texts = rows(node(tmp_path / "out", "direct_grpo", "student_rl") / "rollouts/000001.jsonl")
     assert [row["correct"] for row in texts] == [len(row["completion"]) % 2 == 0 for row in texts]
@@ -199,6 +200,7 @@ def test_user_grader_and_files_work_from_current_directory(tmp_path: Path) -> No
     assert 0 < sum(row["correct"] for row in texts) < len(texts)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_thinking_template_follows_prompt_thinking_setting(tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(student())
     problem = Problem.of("What is 1 + 1?", "here")

@@ -76,6 +76,7 @@ def test_run_refuses_recipe_mistake_in_one_sentence_and_exits_2(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_run_prints_doctor_warnings_and_continues(tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
     assert result.code == 0, result.err

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ from headwater.teachers.cache import read_cache
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.teachers.served_teacher import ServedTeacher
 from headwater.teachers.server_client import ServedTokenizer, connect
-from runs import node, rows, temporary, tiny
+from runs import free_port, node, rows, temporary, tiny
 from tiny import CPU, MODELS, PROMPTS
 
 pytestmark = [
@@ -43,12 +42,6 @@ pytestmark = [
 ]
 START_SECONDS, MOST = 240, 20
 FOLDER = ModelFolder.open("pocket:qwen3-teacher", "models.teacher").path
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

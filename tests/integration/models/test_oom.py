@@ -68,11 +68,11 @@ from headwater.training.update import make_optimizer, update
 from tiny import rollout_of, stage_of, tiny_policy
 
 policy = tiny_policy(intermediate_size=4096)
-rows = [Row(rollout_of((1, 6, 2), tuple(5 + (i + j) % 10 for j in range(120)), sample=i), advantage=1.0) for i in range(256)]
-stage = stage_of("sft", batch_size=256)
+rows = [Row(rollout_of((1, 6, 2), tuple(5 + (i + j) % 10 for j in range(120)), sample=i), advantage=1.0) for i in range(128)]
+stage = stage_of("sft", batch_size=128)
 update(policy, make_optimizer(policy, stage.optim), rows[:2], objective_of(stage), stage, 300)
 pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + 600 * 2**20
+limit = pages * resource.getpagesize() + 300 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 found = update(policy, make_optimizer(policy, stage.optim), rows, objective_of(stage), stage, 1 << 20)
 print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
@@ -80,14 +80,14 @@ print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
 
 
 def test_cpu_out_of_memory_is_retried_with_smaller_microbatches(tmp_path: Path) -> None:
-    """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
+    """128 rows of 123 tokens want gigabytes for their activations at once; the process may take 300 MiB more."""
     script = tmp_path / "limited.py"
     script.write_text(LIMITED, encoding="utf-8")
     result = warm_runs().run(place=Place(script=script))
     assert result.code == 0, result.err[-2000:]
     fitted, trained = map(int, result.out.split())
-    assert trained == 256 * 120
-    assert 123 <= fitted <= 256 * 123 // 2
+    assert trained == 128 * 120
+    assert 123 <= fitted <= 128 * 123 // 2
 
 
 def test_freed_memory_is_reused_without_new_pages() -> None:

@@ -90,15 +90,11 @@ def test_table_of_devices_page_equals_dry_run(tmp_path: Path, monkeypatch: pytes
     lines = [line for line in page.splitlines() if re.match(r"\| \d+ \| paper-", line)]
     assert len(lines) == 12
     monkeypatch.chdir(tmp_path)
+    arms, planned = ("--arms", "direct_grpo,bridge"), cache(dry_run)
     for line in lines:
         count, recipe, sampler, stage, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        node = next(
-            row
-            for row in dry_run(
-                recipe, "--arms", "direct_grpo,bridge", "--on", f"{count}xH100", "--set", f"compute.sampler={sampler}"
-            )
-            if row["node"].startswith(f"{stage}.")
-        )
+        rows_ = planned(recipe, *arms, "--on", f"{count}xH100", "--set", f"compute.sampler={sampler}")
+        node = next(row for row in rows_ if row["node"].startswith(f"{stage}."))
         parts = [*node["device_bytes"].values(), node["peak_bytes"]]
         assert cells == [units(value, "B") if value else "" for value in parts], line
 

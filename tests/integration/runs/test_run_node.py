@@ -20,13 +20,6 @@ from headwater.runs.node_context import NodeContext
 from headwater.runs.setup import prepared
 from runs import TINY, node, rows, temporary, tiny
 
-GROUP = 4
-
-
-def stage(**fields: object) -> Stage:
-    plain = {"objective": "grpo", "steps": 1, "batch_size": 8, "group_size": GROUP}
-    return Stage.model_validate(plain | fields)
-
 
 def problems(path: Path, step: int) -> list[str]:
     """The distinct problems of a step, in order."""

@@ -73,6 +73,7 @@ def test_desk_run_without_weights_names_pretraining_command(verb: str, code: int
     assert not (elsewhere / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_desk_recipe_runs_on_tiny_pretrained_models(elsewhere: Path) -> None:
     result = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
     assert result.code == 0, result.err

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from headwater.losses import batch
 from headwater.models.folder import ModelFolder
@@ -19,9 +19,10 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.tasks.registry import TASKS
 from headwater.training.update import update
 from headwater.types import problem_id
-from runs import assert_same, call, load_json, node, rows, tiny
+from runs import assert_same, call, load_json, node, rows, tagged, temporary, tiny
 from serving import Answering, serving
-from tiny import CPU, MODELS, tiny_model
+from tests.integration.test_resume import Killed, killed_at
+from tiny import CPU, MODELS, tiny_folder
 from tools.pretrain.pocket import make_tokenizer
 
 ALIGNED = ("stages.warmup.dense.tokenizers=prefix", "stages.opd.dense.tokenizers=prefix")
@@ -30,12 +31,7 @@ ALIGNED = ("stages.warmup.dense.tokenizers=prefix", "stages.opd.dense.tokenizers
 @pytest.fixture(scope="module")
 def pairs_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random teacher whose tokens are one or two digits."""
-    folder, tokenizer = tmp_path_factory.mktemp("pairs"), make_tokenizer("pairs")
-    model = tiny_model(seed=5, vocab_size=len(tokenizer))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("pairs"), seed=5, tokenizer=make_tokenizer("pairs"))
 
 
 def weights(folder: Path, arm: str, stage: str) -> dict[str, object]:
@@ -103,22 +99,12 @@ def test_aligned_equal_tokenizers_repeat_plain_run_bit_for_bit(divergence: str, 
         assert all((plain[name] == aligned[name]).all() for name in plain)  # type: ignore[attr-defined]
 
 
-class Killed(BaseException):
-    """Ends a run where nothing in the program expects it."""
-
-
 def test_killed_run_across_tokenizers_resumes_bit_for_bit(pairs_teacher: Path, tmp_path: Path) -> None:
     changes = (f"models.teacher={pairs_teacher}", *ALIGNED, "stages.opd.steps=4", "stages.opd.checkpoint_every=2")
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert tiny("run", whole, "--arm", "raw_teacher", changes=changes).code == 0
-    calls = itertools.count(1)
-
-    def update_until_killed(*args: Any) -> Any:
-        if next(calls) == 6:  # two steps of warm-up, then the fourth of OPD
-            raise Killed
-        return update(*args)
-
-    with mock.patch("headwater.training.loop.update", update_until_killed), pytest.raises(Killed):
+    sixth = killed_at(6, update)  # two steps of warm-up, then the fourth of OPD
+    with mock.patch("headwater.training.loop.update", sixth), pytest.raises(Killed):
         tiny("run", again, "--arm", "raw_teacher", changes=changes)
     assert len(rows(next((again / "nodes").glob("opd.*")) / "metrics.jsonl")) == 3
     assert tiny("run", again, "--arm", "raw_teacher", changes=changes).code == 0
@@ -159,21 +145,10 @@ def test_served_teacher_with_other_tokenizer(divergence: str, pairs_teacher: Pat
     assert missing.code == 2 and "models.teacher_tokenizer" in missing.err
 
 
-def tagged(path: Path, teachers: dict[str, Path | str]) -> tuple[str, ...]:
-    """Changes of the tiny recipe for problems whose tags take turns."""
-    tags = list(teachers)
-    lines = [
-        {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
-    ]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    source = f"{{path: {path}, columns: {{tag: kind}}"
-    return (
-        f"models.teacher={json.dumps({tag: str(name) for tag, name in teachers.items()})}",
-        f"data.labeled={source}, limit: 20}}",
-        f"data.evals.sums={source}, hash_range: [0, 0.1]}}",
-        "conditions.problems=1",
-        *ALIGNED,
-    )
+def mapped(folder: Path, teachers: dict[str, Path | str]) -> tuple[str, ...]:
+    """Changes of the tiny recipe for problems whose tags take turns, and a teacher for each tag."""
+    mapping = json.dumps({tag: str(name) for tag, name in teachers.items()})
+    return (f"models.teacher={mapping}", *tagged(folder, *teachers), "conditions.problems=1", *ALIGNED)
 
 
 def test_teachers_by_tag_share_tokenizer_unlike_student(pairs_teacher: Path, tmp_path: Path) -> None:
@@ -186,7 +161,7 @@ def test_teachers_by_tag_share_tokenizer_unlike_student(pairs_teacher: Path, tmp
     weights_ = load_file(other / "model.safetensors")
     save_file({name: value * 1.01 for name, value in weights_.items()}, other / "model.safetensors", {"format": "pt"})
     out = tmp_path / "out"
-    result = tiny("run", out, "--arm", "raw_teacher", changes=tagged(tmp_path / "p", {"a": pairs_teacher, "b": other}))
+    result = tiny("run", out, "--arm", "raw_teacher", changes=mapped(tmp_path, {"a": pairs_teacher, "b": other}))
     assert result.code == 0, result.err
     cached = rows(node(out, "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
     assert len({row["sampler"] for row in cached}) == 2 and all(row["teacher_ids"] for row in cached)
@@ -195,7 +170,7 @@ def test_teachers_by_tag_share_tokenizer_unlike_student(pairs_teacher: Path, tmp
 
 
 def test_teachers_by_tag_with_two_tokenizers_are_refused(pairs_teacher: Path, tmp_path: Path) -> None:
-    changes = tagged(tmp_path / "p", {"a": pairs_teacher, "b": "pocket:qwen3-teacher"})
+    changes = mapped(tmp_path, {"a": pairs_teacher, "b": "pocket:qwen3-teacher"})
     result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
     assert result.code == 2 and not (tmp_path / "out").exists()
     assert "models.teacher.a and models.teacher.b: have different tokenizers" in result.err
@@ -336,6 +311,14 @@ def test_contexts_over_prompt_limit_are_refused_before_run(solved_problems: Path
     assert not (tmp_path / "out").exists()
 
 
+@cache
+def unmoved(changes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Metrics of OPD with these settings, in which the teacher stays at the student's start."""
+    out = temporary() / "run"
+    assert tiny("run", out, "--arm", "opd_only", changes=changes).code == 0
+    return rows(node(out, "opd_only", "opd") / "metrics.jsonl")
+
+
 @pytest.mark.parametrize(
     ("update_rule", "more"),
     [("{every: 2}", ()), ("{decay: 0.5}", ()), ("{decay: 0.5}", ("models.lora={r: 4, roles: [student]}",))],
@@ -351,22 +334,15 @@ def test_teacher_follows_student_and_killed_run_resumes_bit_for_bit(
         "stages.teacher_rl.steps=1",
         *more,
     )
-    whole, again, still = tmp_path / "whole", tmp_path / "again", tmp_path / "still"
+    whole, again = tmp_path / "whole", tmp_path / "again"
     assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
-    calls = itertools.count(1)
-
-    def update_until_killed(*args: Any) -> Any:
-        if next(calls) == 5:  # one step of teacher RL, then the fourth of OPD
-            raise Killed
-        return update(*args)
-
-    with mock.patch("headwater.training.loop.update", update_until_killed), pytest.raises(Killed):
+    fifth = killed_at(5, update)  # one step of teacher RL, then the fourth of OPD
+    with mock.patch("headwater.training.loop.update", fifth), pytest.raises(Killed):
         tiny("run", again, "--arm", "opd_only", changes=changes)
     assert tiny("run", again, "--arm", "opd_only", changes=changes).code == 0
     assert_same(again, whole)
-    fixed = [change.replace(f", start_update: {update_rule}", "") for change in changes]
-    assert tiny("run", still, "--arm", "opd_only", changes=fixed).code == 0
-    moving, resting = (rows(node(out, "opd_only", "opd") / "metrics.jsonl") for out in (whole, still))
+    resting = unmoved(tuple(change.replace(f", start_update: {update_rule}", "") for change in changes))
+    moving = rows(node(whole, "opd_only", "opd") / "metrics.jsonl")
     assert moving[0]["kl_student_teacher"] == resting[0]["kl_student_teacher"]
     assert moving[4]["kl_student_teacher"] != resting[4]["kl_student_teacher"]
 
