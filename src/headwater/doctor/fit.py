@@ -36,6 +36,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.pair_figures import measure
 from headwater.models.prompts import Prompter
 from headwater.models.token_bytes import TokenBytes, TokenPair
+from headwater.models.rope import positions
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
 from headwater.runs.estimate import estimates
 from headwater.runs.hardware import DEVICES, UTILISATION, Device
@@ -237,14 +238,13 @@ def alignment(student: ModelFolder, teacher: ModelFolder, problems: Sequence[Pro
 
 def model_facts(folder: ModelFolder) -> ModelFacts:
     shape, template = folder.shape, str(getattr(folder.tokenizer, "chat_template", None) or "")
-    positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
     generation = folder.generation_config
     given = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
     return ModelFacts(
         folder.name,
         shape.parameters,
         shape.vocabulary,
-        positions if isinstance(positions, int) and positions > 0 else None,
+        positions(folder.config),
         shape.kv_cache_numbers,
         bool(template),
         "enable_thinking" in template,

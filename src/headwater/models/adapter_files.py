@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ IGNORED = frozenset({
 """Entries that only matter while an adapter is created or trained: the weights in the file say which layers have one."""
 PATTERN = re.compile(r"[\w.^$\\|()*+\[\]-]{1,200}")
 """Characters of a rank_pattern or alpha_pattern that is evaluated."""
+MAX_PATTERNS = 4096
+"""Most of them in one entry: each is matched against each layer."""
 MAX_CHOICES = 4
 """Most repetitions and groups in one: a match may try every combination of their lengths and alternatives."""
 
@@ -88,6 +91,8 @@ def _unsupported_pattern(config: Mapping[str, Any]) -> str | None:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
             return f"its {field} is no mapping"
+        if len(patterns) > MAX_PATTERNS:
+            return f"its {field} holds {len(patterns):,} entries; at most {MAX_PATTERNS:,} are evaluated"
         for pattern, value in patterns.items():
             if not _is_number(value) or value <= 0:
                 return f"its {field} gives {value!r:.40} for {pattern!r:.80}; it must be a positive number"
@@ -112,8 +117,13 @@ def rank_and_scaling(config: Mapping[str, Any], path: str) -> tuple[int, float]:
 
 
 def _for_layer(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
-    matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path))
+    matching = (value for pattern, value in (patterns or {}).items() if _end_of_path(pattern).match(path))
     return next(matching, default)
+
+
+@cache  # that of `re` holds 512, and each pattern meets each layer
+def _end_of_path(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from headwater.report.format import (
 )
 from headwater.report.html_contrasts import LABELS, PAIR, P
 from headwater.report.stages import accuracy_and_best, accuracy_paths, largest_k
+from headwater.report.verdict import failure_state, failure_word
 from headwater.report.view import Cell, Column, RowHeader, Table
 
 LONG_NAME = 14
@@ -98,8 +99,8 @@ def _unfinished_notes(report: dict[str, Any]) -> list[str]:
     notes = []
     for name, arm in report["arms"].items():
         for seed, failure in arm["failed"].items():
-            why = f"{failure['stage']} failed: {failure['sentence']}"
-            notes.append(f"{name}: {failure['state']} on seed {seed} ({why})")
+            why = f"{failure['stage']} {failure_word(failure).lower()}: {failure['sentence']}"
+            notes.append(f"{name}: {failure_state(failure)} on seed {seed} ({why})")
         notes += [f"{name}: not finished on seed {seed} (waits for {node})" for seed, node in arm["unfinished"].items()]
     return notes
 
@@ -107,7 +108,7 @@ def _unfinished_notes(report: dict[str, Any]) -> list[str]:
 def _score_cells(arm: dict[str, Any], eval_name: str) -> list[str]:
     measured = accuracy_and_best(arm, eval_name)
     if measured is None:
-        states = {failure["state"] for failure in arm["failed"].values()}
+        states = {failure_state(failure) for failure in arm["failed"].values()}
         return [min(states) if states else "unfinished" if arm["unfinished"] else "–", "–"]
     return [accuracy_text(arm["accuracy"][eval_name]), percent(measured["best_of_k"])]
 

@@ -200,6 +200,7 @@ def test_pissa_adapter_converted_by_peft_merges(tmp_path: Path) -> None:
         ({"use_rslora": "no"}, "use_rslora is 'no', which must be true or false"),
         ({"bias": "some"}, "some"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is no mapping"),
+        ({"alpha_pattern": {f"x{i}": 4 for i in range(5000)}}, "alpha_pattern holds 5,000 entries; at most 4,096"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan"),
         ({"r": True}, "r True"),
         ({"r": 2}, "does not fit its base model"),

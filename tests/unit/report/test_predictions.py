@@ -271,7 +271,7 @@ def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Pa
     assert "Failed: Student RL (seed 0; direct_grpo): no group differs." in page
     where = "On-policy distillation at step 3 of 12 (seed 1; bridge_rl, replay)"
     assert f"Stopped: {where}: the loss is &lt;b&gt;not finite&lt;/b&gt;." in page
-    assert "replay: not run on seed 1 (opd failed: opd, step 3 of 12: the loss is <b>not finite</b>)" in text
+    assert "replay: not run on seed 1 (opd stopped: opd, step 3 of 12: the loss is <b>not finite</b>)" in text
     assert "private" not in page + text + json.dumps(values)
 
 
