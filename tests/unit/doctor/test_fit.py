@@ -57,6 +57,16 @@ def recipe_of(**changes: Any) -> Recipe:
     return parse_recipe(yaml.read(written(**changes), "text"), "text")
 
 
+def test_positions_of_model_include_rope_scaling(tmp_path: Path) -> None:
+    shipped = ModelFolder.open(STUDENT, "")
+    folder = shutil.copytree(shipped.path, tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "dynamic", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    scaled = fit.model_facts(ModelFolder.open(str(folder), "")).positions
+    assert scaled == 4 * config["max_position_embeddings"] == 4 * (fit.model_facts(shipped).positions or 0)
+
+
 def test_fitted_recipe_holds_out_part_of_file_by_content(tmp_path: Path) -> None:
     """A problem is held out if sha256("part:" + the first six digits of its id) is below the share; no label is among them."""
     data = sums(tmp_path / "sums.jsonl", 80)
