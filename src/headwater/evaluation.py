@@ -38,7 +38,7 @@ class EvaluationSettings:
     samples     completions per problem
     task        a task's name or package.module:function
     problem, answer  columns; recognised by their names by default
-    limit       use only the first so many problems
+    limit       use only this many problems, the first
     max_tokens  longest completion
     temperature 0 decodes greedily
     form        form of the answer that counts in strict reading (`tasks.answer_forms`); by default the one that the prompt names
@@ -218,7 +218,7 @@ def _evaluate(
 
 
 def _add_strict_verdicts(rows: list[dict[str, Any]], form: str, gold: Mapping[str, str], grade: Verifier) -> None:
-    """Grade only what stands in the form that the prompt asks for: a key `strict` in each row."""
+    """Grade only what has the form that the prompt asks for: a key `strict` in each row."""
     answers = [FORMS[form][1](row["text"]) for row in rows]
     pairs = [(gold[row["problem_id"]], answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
     verdicts = iter(grade(pairs))

@@ -1,6 +1,6 @@
 """ctypes bindings of the fused CPU kernels in kernels.c (float32): decoding and the linear-head loss.
 
-The shared library lies beside this file; it is not a Python module. Without a C compiler at installation there is no library, and
+The shared library is next to this file; it is not a Python module. Without a C compiler at installation there is no library, and
 `kernels()` is None: callers then use torch.
 """
 

@@ -193,7 +193,7 @@ PAPER_ARMS: dict[str, Arm] = {
 ARMS = PAPER_ARMS | FOLLOW_UPS
 """Every arm by name, in the order in which reports list them."""
 STUDIES = {"all": tuple(PAPER_ARMS), "improved": ("bridge", "bridge_rl", "bridge_constant", *FOLLOW_UPS)}
-"""Lists of arms that `--arms` names: the paper's with their controls, and the published follow-ups beside the bridge."""
+"""Lists of arms that `--arms` names: the paper's with their controls, and the published follow-ups with the bridge."""
 DEFAULT_ARM = "bridge"
 """Arm of a `run` without --arm, unless the folder or the recipe says otherwise (`runs.default_arm`)."""
 DEFAULT_STUDY = ("direct_grpo", "raw_teacher", "bridge", "bridge_1h", "bridge_rl", "replay")
@@ -250,7 +250,7 @@ def _resolved(name: str, arm: Arm, recipe: Recipe) -> Arm:
 
 
 def _refuse_unspent_labels(name: str, arm: Arm, recipe: Recipe) -> None:
-    """Refuse a dense stage that weighs prompts by labels which no earlier stage of the arm looks at: it takes no labels of its own."""
+    """Refuse a dense stage that weighs prompts by labels which no earlier stage of the arm uses: it takes no labels of its own."""
     spent: set[Pool | None] = set()
     for step in arm.steps:
         stage = stage_of(recipe, step)
@@ -258,7 +258,7 @@ def _refuse_unspent_labels(name: str, arm: Arm, recipe: Recipe) -> None:
             assert stage.dense.token_weights is not None
             raise UserError(
                 f"stages.{step.stage}.dense.token_weights.prompts: {stage.dense.token_weights.prompts} grades rollouts with the labels "
-                f"of the pool {step.pool}, and no earlier stage of the arm {name} looks at them; leave it out in this arm"
+                f"of the pool {step.pool}, and no earlier stage of the arm {name} uses them; leave it out in this arm"
             )
         if stage.needs_labels:
             spent.add(step.pool)

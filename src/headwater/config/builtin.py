@@ -41,8 +41,8 @@ def find_recipe(name: str, overrides: list[str]) -> Recipe:
         raise UserError(f"recipe {name}: is a folder; name a recipe's file{f', such as {inside[0]}' if inside else ''}")
     known = builtin_names()
     if path.suffix in (".yaml", ".yml", ".json") or path.parent != Path():
-        beside = sorted(str(other) for other in path.parent.glob("*.y*ml"))[:MOST_LISTED]
-        hint = did_you_mean(name, beside) or "; `headwater init` prints one to start from"
+        candidates = sorted(str(other) for other in path.parent.glob("*.y*ml"))[:MOST_LISTED]
+        hint = did_you_mean(name, candidates) or "; `headwater init` prints one to start from"
         raise UserError(f"recipe {name}: no such file in {path.parent.absolute()}{hint}")
     raise UserError(
         f"recipe {name}: no such file, and no built-in recipe of that name ({', '.join(known)}){did_you_mean(name, known)}"

@@ -38,11 +38,11 @@ def _lines(settings: Mapping[str, Any], indent: int) -> Iterator[str]:
             isinstance(value, (Setting, Mapping)) for value in setting.value.values()
         )
         line = f"{pad}{name}:" if nested else f"{pad}{name}: {flow(setting.value)}"
-        beside = f"{line:<{COMMENT_COLUMN - 2}}  # {setting.comment}"
+        commented = f"{line:<{COMMENT_COLUMN - 2}}  # {setting.comment}"
         if not setting.comment:
             yield line
-        elif len(beside) <= WIDTH:
-            yield beside
+        elif len(commented) <= WIDTH:
+            yield commented
         else:
             yield from (f"{pad}# {part}" for part in textwrap.wrap(setting.comment, WIDTH - indent - 2))
             yield line

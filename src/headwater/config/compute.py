@@ -103,7 +103,7 @@ class Compute(Strict):
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
     keep_checkpoints: bool = False
-    """Keep the checkpoints of finished stages (weights and optimizer state, beside the model folder), and the distributions of
+    """Keep the checkpoints of finished stages (weights and optimizer state, next to the model folder), and the distributions of
     teacher caches that all their stages have read."""
     ray: Ray = Ray()
     """How `--executor ray` runs a study's nodes."""

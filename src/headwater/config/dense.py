@@ -59,7 +59,7 @@ class TokenWeights(Strict):
 
     prompts: Literal["all", "pass_rate", "all_wrong"] = "all"
     """`pass_rate` weighs each prompt by p·(1−p), with p the share of its rollouts that are right (2603.11178); `all_wrong` keeps
-    the prompts whose rollouts are all wrong, without rescaling (2608.00782). Both look at labels, which must be the stage's
+    the prompts whose rollouts are all wrong, without rescaling (2608.00782). Both use labels, which must be the stage's
     own or spent by an earlier stage."""
     first: Tokens | None = None
     """Compare only the first tokens of a completion with the teacher (2602.15260); None compares all."""

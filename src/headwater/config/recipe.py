@@ -247,7 +247,7 @@ class Recipe(Strict):
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file, the lines and the fields.
 
-    Relative paths in the file are those beside it, if they exist there; those of overrides are the working directory's.
+    Relative paths in the file are resolved in its folder, if they exist there; those of overrides are the working directory's.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Relative paths in a recipe file: a file or folder beside the recipe, else one in the working directory."""
+"""Relative paths in a recipe file: a file or folder in the recipe's folder, else one in the working directory."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def with_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: inner if key in _BESIDE_PATH else moved(inner) for key, inner in value.items()}
-        beside = os.path.normpath(folder / value) if isinstance(value, str) and not value.startswith("~") else ""
-        return beside if beside and os.path.exists(beside) else value
+        in_folder = os.path.normpath(folder / value) if isinstance(value, str) and not value.startswith("~") else ""
+        return in_folder if in_folder and os.path.exists(in_folder) else value
 
     if os.path.realpath(folder) == os.getcwd():
         return dict(raw)
@@ -42,7 +42,7 @@ def with_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def refuse_missing(recipe: Mapping[str, Any], folder: Path) -> None:
     """Raise UserError with both folders for a relative path of a recipe elsewhere that leads to nothing in either.
 
-    A data file whose `limit` says how many problems a dry run may assume is left for whoever reads it.
+    A data file whose `limit` says how many problems a dry run may assume is left for the caller that reads it.
     """
 
     def names(value: Any, field: str) -> Iterator[tuple[str, str]]:
@@ -62,6 +62,6 @@ def refuse_missing(recipe: Mapping[str, Any], folder: Path) -> None:
             places = [os.path.dirname(os.path.join(base, name)) for base in (folder, here)]
             files = [file for place in places if os.path.isdir(place) for file in os.listdir(place)]
             raise UserError(
-                f"{field}: {name}: no such file or folder, neither beside the recipe in {os.path.abspath(folder)} nor in the "
+                f"{field}: {name}: no such file or folder, neither in the recipe's folder {os.path.abspath(folder)} nor in the "
                 f"working directory {here}{similar_file(name, files)}"
             )

@@ -183,7 +183,7 @@ class Stage(Strict):
 
     @property
     def grades_spent_labels(self) -> bool:
-        """Whether the stage has no reward of its own and grades rollouts of prompts whose labels earlier stages looked at."""
+        """Whether the stage has no reward of its own and grades rollouts of prompts whose labels earlier stages used."""
         return self.needs_labels and "reward" not in self.spec.signals
 
     @property

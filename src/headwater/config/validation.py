@@ -82,16 +82,16 @@ def _dotted(keys: Keys) -> str:
 
 
 def intended_field(keys: Keys, model: type[BaseModel]) -> str:
-    """The field of that name within its section, one of nearly the same name beside it, or that name's nearest in the schema."""
+    """The field of that name within its section, one of nearly the same name next to it, or that name's nearest in the schema."""
     *section, name = keys
     name = OTHER_NAMES.get(name, name)
     paths = [tuple(field.path.split(".")) for field in walk(model)]
-    beside = [path[-1] for path in paths if len(path) == len(keys) and _matches(".".join(path[:-1]), tuple(section))]
-    if name in beside:
+    siblings = [path[-1] for path in paths if len(path) == len(keys) and _matches(".".join(path[:-1]), tuple(section))]
+    if name in siblings:
         return f"; did you mean {name}?"
     elsewhere = [path for path in paths if path[-1] == name]
     within = [path for path in elsewhere if section and path[: len(section)] == tuple(section)]
-    if not within and (close := did_you_mean(name, beside)):
+    if not within and (close := did_you_mean(name, siblings)):
         return close
     if not elsewhere:
         close_names = difflib.get_close_matches(name, {path[-1] for path in paths}, n=1, cutoff=0.8)

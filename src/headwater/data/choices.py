@@ -170,7 +170,7 @@ class ReadRow:
     """A row as it is read: its number, conversation, answer, and what other columns hold.
 
     answer   the gold answer; of a row with choices the cell with it, until `with_choices` knows how the file names them
-    choices  in columns beside the problem
+    choices  in columns next to the problem
     tag      selects the problem's teacher
     context  text for the teacher alone
     """

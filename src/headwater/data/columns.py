@@ -36,7 +36,7 @@ CONTEXT_COLUMNS = (
     "context", "contexts", "passage", "article", "document", "paragraph", "story", "background", "premise", "support", "body",
     "facts", "table", "dialogue", "history", "instructions",
 )  # fmt: skip
-"""Columns beside a problem that its text may need, and that stand before it."""
+"""Columns besides the problem that its text may need; they are written before it."""
 _FIELD = re.compile(r"\{([^{}]+)\}")
 NESTED = 3
 """Levels of nested cells in which usual names are looked for and shown."""
@@ -198,7 +198,7 @@ class UnusedColumn:
 
 
 def context_columns(given: Columns, row: Mapping[str, Any], used: Iterable[str | None]) -> list[str]:
-    """Columns beside the problem that its text may need; none where the recipe has a template of columns."""
+    """Columns besides the problem that its text may need; none where the recipe has a template of columns."""
     if given.problem is not None and is_template(given.problem, row):
         return []
     taken = {name for path in used if path for name in (path, path.partition(".")[0], *template_columns(path))}
@@ -209,7 +209,7 @@ def context_columns(given: Columns, row: Mapping[str, Any], used: Iterable[str |
 def lacks_column(problem: str, column: str, cell: Any) -> bool:
     """Whether a cell holds a text that a problem does not contain.
 
-    A second problem column (`prompt` beside `question`) that contains the problem adds only an instruction and does not count.
+    A second problem column (`prompt` next to `question`) that contains the problem adds only an instruction and does not count.
     """
     texts = [text for text in _texts(cell) if text.strip()]
     if not texts or (messages_of(cell) is not None and column.lower() not in CONTEXT_COLUMNS):

@@ -25,11 +25,11 @@ _PAIR = ("user", "assistant")
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "tools")
-"""Columns beside a conversation that belong to its prompt; a text prompt would lose them."""
+"""Columns next to a conversation that belong to its prompt; a text prompt would lose them."""
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-"""Columns beside a problem that hold its system turn."""
+"""Columns next to a problem that hold its system turn."""
 HISTORY_COLUMNS = ("history", "chat_history", "previous_messages")
-"""Columns beside a problem that hold the turns before it, the first as in the files of LLaMA-Factory."""
+"""Columns next to a problem that hold the turns before it, the first as in the files of LLaMA-Factory."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], column: str, where:
 
 
 def with_columns(conversation: Conversation, row: Mapping[str, Any], where: str) -> Conversation:
-    """The conversation with the system turn and the earlier turns that stand in columns of their own.
+    """The conversation with the system turn and the earlier turns in columns of their own.
 
     A conversation with a system turn keeps it, and one with earlier turns keeps these.
     """

@@ -56,13 +56,13 @@ def _format(path: Path) -> str:
 
 
 def no_such_file(path: Path) -> str:
-    """Sentence that a file is missing, with the nearest name beside it.
+    """Sentence that a file is missing, with the nearest name in its folder.
 
     Example: `no such file in /home/me; did you mean data/train.jsonl?`
     """
     missing = "no such file" if path.is_absolute() else f"no such file in {Path.cwd()}"
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return missing + similar_file(str(path), [str(other) for other in beside if other.is_file()])
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    return missing + similar_file(str(path), [str(other) for other in siblings if other.is_file()])
 
 
 # Text files -----------------------------------------------------------------------------------------------------------

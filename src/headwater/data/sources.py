@@ -49,7 +49,7 @@ from headwater.tasks.verifier import Verifier
 from headwater.types import Problem, family_of
 
 REFERENCE = "the assistant's last turn"
-"""Where the answer stands in a file of conversations without a column for it."""
+"""Where the answer is in a file of conversations without a column for it."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ def load(
         raise UserError(f"{where} is empty")
     problem_column, answer_column = find_columns(source, first, where, need_answers, further_answers)
     answer_name = answer_column or REFERENCE
-    beside = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
+    context_names = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
     lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
     every: list[ReadRow] = []
-    unused = dict.fromkeys(beside, 0)
+    unused = dict.fromkeys(context_names, 0)
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         tag = "" if source.columns.tag is None else _tag(row, source.columns.tag, place)
@@ -122,9 +122,9 @@ def load(
         if choices is None:
             answer = _answer(answer, answer_name, place, gold)
         every.append(ReadRow(number, conversation, answer, choices, tag, context))
-        if beside:
+        if context_names:
             problem = "\n".join(content for _, content in conversation.turns)
-            for name in beside:
+            for name in context_names:
                 unused[name] += name in row and lacks_column(problem, name, row[name])
     template = template_columns(problem_column) if is_template(problem_column, first[1]) else []
     every, hidden = with_choices(every, template, where)
@@ -187,7 +187,7 @@ def without_leaks(loaded: LoadedProblems, evals: Mapping[str, LoadedProblems]) -
 
 
 def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversation:
-    """The problem in a row: a conversation, or a text as its only turn, with the turns that stand in columns of their own."""
+    """The problem in a row: a conversation, or a text as its only turn, with the turns in columns of their own."""
     if is_template(column, row):
         value: Any = fill_template(column, row, where)
         if not value:

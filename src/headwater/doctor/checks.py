@@ -83,7 +83,7 @@ CHECKS = (
     Check("positions that change with length", prompts.length_rules, exit_code=2),
     Check("characters of the problems", prompts.unknown_tokens),
     Check("control tokens in the problems", prompts.control_tokens),
-    Check("columns beside the problems", data.columns, exit_code=2),
+    Check("columns next to the problems", data.columns, exit_code=2),
     Check("an answer for every label", data.answers),
     Check("protections of the machine", data.sandbox_layers),
     Check("labels against their grader", data.golds),

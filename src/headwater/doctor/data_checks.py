@@ -26,7 +26,7 @@ def data_is_readable(context: DoctorContext) -> Iterator[Finding]:
 
 
 def columns(context: DoctorContext) -> Iterator[Finding]:
-    """Columns beside the problem that its text may need: a passage, choices, another problem column."""
+    """Columns besides the problem that its text may need: a passage, choices, another problem column."""
     for name in context.inputs.data_fields:
         for unused in context.inputs.source(name).unused:
             yield warning("column-not-read", f"{name}: {unused.evidence}", unused.remedy(f"{name}.columns.problem"))
@@ -98,7 +98,7 @@ def contamination(context: DoctorContext) -> Iterator[Finding]:
             exact = sum(leak.why == "exact" for leak in shared)
             yield warning(
                 "evaluation-leak",
-                f"{name}: {len(shared)} problems also stand in {held_out if held_out == VALIDATION else f'data.evals.{held_out}'}, "
+                f"{name}: {len(shared)} problems are also in {held_out if held_out == VALIDATION else f'data.evals.{held_out}'}, "
                 f"{exact} of them word for word ({few([leak.problem_id for leak in shared])}); they are left out of training",
                 "nothing, unless they are many: then check the models' pretraining data for the same",
             )

@@ -46,7 +46,7 @@ MEASURED = (
 
 
 def best_evidence(spare_prompts: int) -> Evidence | None:
-    """The measured gain with the highest lower bound, among arms that a recipe with so many unspent prompts can run.
+    """The measured gain with the highest lower bound, among arms that a recipe with this many unspent prompts can run.
 
     An arm that was measured to lose on some recipe is not advised: nobody knows which of the recipes a user's resembles.
     """

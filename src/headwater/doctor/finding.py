@@ -90,7 +90,7 @@ UNREADABLE: Mapping[Part, tuple[str, str]] = {
         "there: `hf download NAME --local-dir FOLDER` (pip install huggingface_hub); then name the folders in the recipe",
     ),
     "model": ("model-unreadable", "name a folder with config.json, *.safetensors and a tokenizer, or a hub id"),
-    "tokenizer": ("model-unreadable", "save tokenizer.json and tokenizer_config.json beside the weights"),
+    "tokenizer": ("model-unreadable", "save tokenizer.json and tokenizer_config.json next to the weights"),
     "config": ("model-unreadable", "fix or replace its config.json"),
     "generation config": ("model-unreadable", "fix its generation_config.json"),
     "weights": ("model-unreadable", "download or save the weights again: they are damaged or do not fit config.json"),

@@ -35,8 +35,8 @@ from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.pair_figures import measure
 from headwater.models.prompts import Prompter
-from headwater.models.token_bytes import TokenBytes, TokenPair
 from headwater.models.rope import positions
+from headwater.models.token_bytes import TokenBytes, TokenPair
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
 from headwater.runs.estimate import estimates
 from headwater.runs.hardware import DEVICES, UTILISATION, Device

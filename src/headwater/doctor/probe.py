@@ -1,6 +1,6 @@
 """`headwater probe`: sample student and teacher, measure their readiness, advise where the labels should go.
 
-It looks at labels of the recipe's own budget, the same that training would look at, and says how many.
+It uses labels of the recipe's own budget, the same that training would use, and says how many.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def sampled_problems(inputs: RunInputs, problems: int | None, seed: int) -> list
     """The labelled problems to sample, in an order set by content and seed. Raises UserError beyond the budget."""
     pool = inputs.pool(split_pool(inputs.recipe))
     if problems is not None and problems > len(pool):
-        raise UserError(f"--problems {problems}: the recipe's label budget buys {len(pool)} problems to look at")
+        raise UserError(f"--problems {problems}: the recipe's label budget buys {len(pool)} problems")
     return seeds.shuffled(list(pool), seed, "probe")[: PROBLEMS if problems is None else problems]
 
 
@@ -173,7 +173,7 @@ def samples_a_problem(recipe: Recipe, samples: int | None) -> int:
     """Raises UserError for fewer samples than a group, whose information could not be measured."""
     group = max(recipe.stages.require(stage).group_size for stage in ("teacher_rl", "student_rl"))
     if samples is not None and samples < group:
-        raise UserError(f"--samples {samples}: fewer than the group size {group}, so no whole group could be looked at")
+        raise UserError(f"--samples {samples}: fewer than the group size {group}, so no whole group could be measured")
     return max(SAMPLES, group) if samples is None else samples
 
 

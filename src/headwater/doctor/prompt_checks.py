@@ -226,7 +226,7 @@ def control_tokens_of(tokenizer: Any) -> dict[int, str]:
 
 
 def whole_problems(context: DoctorContext) -> Iterator[Finding]:
-    """Problems must stand in their prompts, with every turn of a conversation; of an assistant's turn, what follows the thinking."""
+    """Problems must be in their prompts, with every turn of a conversation; of an assistant's turn, what follows the thinking."""
     problems = [*context.compared_problems, *(problem for problem in context.inputs.all_problems if problem.turns)]
     for role in context.roles if problems else ():
         prompter = context.prompter(role)
@@ -243,7 +243,7 @@ def whole_problems(context: DoctorContext) -> Iterator[Finding]:
 
 
 def turns_left_out(prompter: Prompter, problem: Problem) -> list[int]:
-    """Positions of the turns whose text does not stand in the prompt."""
+    """Positions of the turns whose text is not in the prompt."""
     prompt = unescape(prompter.text(problem))  # some templates escape for HTML
     contents = [after_thinking(content).strip() for content in problem.contents]
     missing = [index for index, content in enumerate(contents) if unescape(content) not in prompt]

@@ -120,7 +120,7 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
             model, checkpoint, kept = stage_files(node, inputs, shape)
             stays = inputs.recipe.compute.keep_checkpoints
             models += model + (kept * checkpoint if stays else 0)
-            # Written beside the kept ones, which a stage that is done removes unless they stay.
+            # Written in addition to the kept ones, which a stage that is done removes unless they stay.
             next_checkpoint = max(next_checkpoint, checkpoint if stays else (kept + 1) * checkpoint)
         elif node.kind == "rollouts" and (stage := node.settings) is not None:
             tokens = context.plan.cached_rollouts(node) * stage.sampling.max_tokens

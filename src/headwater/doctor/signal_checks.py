@@ -1,6 +1,6 @@
 """Doctor checks of what a run could learn from: answers that a grader finds, and a teacher that differs from its student.
 
-They look at no label: whether the answers are right is for `headwater probe` to measure.
+They use no label: whether the answers are right is for `headwater probe` to measure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headwater.tasks.outcomes import REMEDIES
 
 MAX_WITHOUT_ANSWER = 0.5
 MAX_STOPPED = 0.1
-"""Chance of being stopped by the guard `no_signal` from which the user is told."""
+"""Chance of being stopped by the guard `no_signal` from which on the user is warned."""
 MIN_ENDED = 4
 """Completions that must have ended by themselves for a share of them to be judged."""
 

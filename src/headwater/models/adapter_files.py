@@ -66,7 +66,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
         return "it names no base model; write the base's folder as base_model_name_or_path into adapter_config.json"
     if config.get("revision") not in (None, "", "main"):
         return (
-            f"it stands on revision {config['revision']!r:.60} of its base; download that revision and write its folder as "
+            f"it refers to revision {config['revision']!r:.60} of its base; download that revision and write its folder as "
             "base_model_name_or_path, without revision, into adapter_config.json"
         )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not _is_number(alpha):
@@ -129,13 +129,13 @@ def _end_of_path(pattern: str) -> re.Pattern[str]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """An adapter file's tensors by peft's own names without its prefix, such as `model.layers.0.self_attn.q_proj.lora_A.weight`.
 
-    Names that a wrapper or another way of saving has changed are mended. Raises ValueError if two of them become equal.
+    Names that a wrapper or another way of saving has changed are restored. Raises ValueError if two of them become equal.
     """
     tensors = load_file(path)
-    mended = {_plain_name(name): tensor for name, tensor in tensors.items()}
-    if len(mended) < len(tensors):
+    restored = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    if len(restored) < len(tensors):
         raise ValueError(f"{path.name} holds two adapters, or one twice")
-    return mended
+    return restored
 
 
 def _plain_name(name: str) -> str:

@@ -34,7 +34,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 """A folder with none of these holds no tokenizer."""
 
 FULL_HASH_BYTES, SAMPLED_BLOCKS, BLOCK_BYTES = 256 << 20, 512, 16 << 10
-"""Files up to the first size are hashed in full; of larger ones so many blocks of so many bytes are hashed."""
+"""Files up to the first size are hashed in full; of larger ones SAMPLED_BLOCKS blocks of BLOCK_BYTES."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ModelFolder:
 
     def _require_on_hub(self) -> None:
         """Raises UserError for a hub id that is not in the cache while the hub cannot be reached, or that it does not have."""
-        hub.unreachable()  # where it is, the libraries are told not to ask it, and read what is in the cache
+        hub.unreachable()  # where it is, the libraries work offline and read the cache
         if isinstance(try_to_load_from_cache(self.path, "config.json"), str):
             return
         if hub.in_local_folder(self.name):
@@ -170,12 +170,12 @@ class ModelFolder:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The generation config, mended where transformers would refuse to save it; derived from the config if there is none."""
+        """The generation config, corrected where transformers would refuse to save it; derived from the config if there is none."""
         return self._generation[0]
 
     @property
     def generation_changes(self) -> tuple[str, ...]:
-        """What was mended in the generation config."""
+        """What was corrected in the generation config."""
         return self._generation[1]
 
     @cached_property
@@ -233,7 +233,7 @@ class ModelFolder:
 
     @property
     def tokenizer_path(self) -> str:
-        """Where the tokenizer's files are: peft writes none beside an adapter, which then uses its base's."""
+        """Where the tokenizer's files are: peft writes none with an adapter, which then uses its base's."""
         own = any(Path(self.path, name).is_file() for name in TOKENIZER_FILES)
         return self.path if own or not self.is_adapter else self.base.path
 
@@ -282,7 +282,7 @@ def content_hash(folder: Path, prefix: str = "") -> str:
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether the weights are an adapter's: some trainers write the base's config.json beside them."""
+    """Whether the weights are an adapter's: some trainers write the base's config.json next to them."""
     if not (folder / adapter_files.CONFIG).is_file():
         return False
     of_model = [path for path in folder.glob("*.safetensors") if path.name != adapter_files.WEIGHTS]

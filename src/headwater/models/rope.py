@@ -1,7 +1,7 @@
 """Rotary positions: how many a model has, and scaling rules that depend on the length of the sequence.
 
 Under `longrope` (Phi-3, Phi-4) and `dynamic` NTK scaling transformers computes the angles of every position, the first one too, from
-the longest sequence of the batch. Beyond a length the log-probs of one row then depend on the rows beside it, and keys that a
+the longest sequence of the batch. Beyond a length the log-probs of one row then depend on the other rows of the batch, and keys that a
 sampler cached before are those of another model. Nothing is exact across that length, so it is not crossed.
 """
 

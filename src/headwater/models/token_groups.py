@@ -40,11 +40,11 @@ class VocabularyGroups:
         return len(self.shared) + 1
 
     def of_student(self, width: int) -> list[int]:
-        """Group of each id of the student's output layer of so many columns."""
+        """Group of each id of the student's output layer of this many columns."""
         return self._of_ids(self.pair.student, self.pair.teacher, width)
 
     def of_teacher(self, width: int) -> list[int]:
-        """Group of each id of the teacher's output layer of so many columns."""
+        """Group of each id of the teacher's output layer of this many columns."""
         return self._of_ids(self.pair.teacher, self.pair.student, width)
 
     def continuations(self, begun: bytes) -> tuple[list[int], list[int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 GROWTH, SPARE = 64, 1000
-"""A text of n characters may give so many times n tokens or characters, and so many more."""
+"""A text of n characters may give GROWTH · n + SPARE tokens or characters."""
 STRESS = ["a" * 4000, " " * 4000, "1" * 4000, "\n" * 2000, "x1! " * 1000, "é数🙂" * 500, string.printable * 20]
 """Texts on which a slow regular expression or a replacement that grows shows."""
 

@@ -136,7 +136,7 @@ def _ablation_notes(report: dict[str, Any], eval_name: str) -> list[str]:
             notes.append(f"{name} takes {percent(c['flops']['b'] / c['flops']['a'])} % of the bridge's FLOPs")
     c = find_contrast(report, "bridge", "teacher_sft", eval_name)
     if c is not None:
-        notes.append(f"beside it, the paper's “no OPD”, which makes the targets hard as well: {difference_text(c)}")
+        notes.append(f"next to it, the paper's “no OPD”, which makes the targets hard as well: {difference_text(c)}")
     return notes
 
 

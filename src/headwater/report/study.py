@@ -328,7 +328,7 @@ NON_TRAINING: tuple[ledger.Purpose, ...] = ("eval", "validation", "measure")
 def costs(nodes: Sequence[Node]) -> dict[str, Any]:
     """Training costs of these nodes in the layout of report.json; `apart` holds the costs of NON_TRAINING.
 
-    A label that several nodes look at counts once.
+    A label that several nodes use counts once.
     """
     rows = [row for node in nodes for row in node.ledger_rows]
     apart = {purpose: _costs(rows, purpose, ("sampled", "teacher_scored")) for purpose in NON_TRAINING}

@@ -35,7 +35,7 @@ WIDE = 100
 
 
 def terminal_table(report: dict[str, Any], width: int = WIDE) -> Group:
-    """All tables of the report, then the warnings and the verdict, for a terminal of so many columns."""
+    """All tables of the report, then the warnings and the verdict, for a terminal of this many columns."""
     wide = width >= WIDE
     parts: list[RichTable | Text] = [*_arms_tables(report, wide), *map(rich_table, _path_tables(report))]
     parts += [*_contrast_tables(report, wide), *map(rich_table, _predictions(report))]

@@ -45,7 +45,7 @@ class NodeStatus:
     pool  what it trains on or samples from, in words; empty if it trains nothing, and where the recipe cannot be read
     arms  the arms that it is part of
     warnings  sentences of the guards, and of a failed node why it failed
-    work  what a node at work does beside its steps; empty otherwise. Example: `12 of 40 completions`, `measuring C2`
+    work  what a running node does besides its steps; empty otherwise. Example: `12 of 40 completions`, `measuring C2`
 
     Example: `NodeStatus("opd.s0.1a2b3c4d", "On-policy distillation", "student", 0, "at work", 12, 80, 34.0, 120.0,
     {"kl_student_teacher": 0.08, …}, (), "all prompts", ("bridge", "warmup_only"))`.
@@ -180,7 +180,7 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
 
 @dataclass(frozen=True)
 class Work:
-    """What a node does beside its steps: in words, units done and in all, seconds until that is done."""
+    """What a node does besides its steps: in words, units done and in all, seconds until that is done."""
 
     text: str = ""
     done: int = 0

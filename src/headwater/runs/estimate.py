@@ -164,7 +164,7 @@ class Estimator:
         return node.matched_steps(self.inputs.steps(node.pool, node.settings), self.stage_flops)
 
     def labels(self, node: Node, steps: int) -> int:
-        """Distinct labels that a stage's steps look at. Dynamic sampling may look at every label of the pool."""
+        """Distinct labels that a stage's steps use. Dynamic sampling may use every label of the pool."""
         if node.settings is None or node.pool is None or not node.settings.needs_labels:
             return 0
         pool = len(self.inputs.pool(node.pool))
@@ -236,13 +236,13 @@ class Estimator:
         return whole.within(settings.max_share * self.stage_flops(node), cost, steps)
 
     def condition_share(self, node: Node, steps: int) -> float:
-        """FLOPs of measuring condition C2 in a stage of so many steps, as a share of the FLOPs of its training."""
+        """FLOPs of measuring condition C2 in a stage of this many steps, as a share of the FLOPs of its training."""
         measured = self.condition_cost(node, self.condition_schedule(node, steps), steps)[2]
         trained = self.stage_flops(node)
         return measured / trained if trained else 0.0
 
     def condition_cost(self, node: Node, schedule: Schedule, steps: int) -> tuple[int, int, float]:
-        """(tokens sampled, tokens scored by the teacher, FLOPs) of measuring condition C2 in a stage of so many steps."""
+        """(tokens sampled, tokens scored by the teacher, FLOPs) of measuring condition C2 in a stage of this many steps."""
         teacher = supervisor(node)
         if teacher is None or node.settings is None:
             return 0, 0, 0.0

@@ -75,7 +75,7 @@ def whole_copy_bytes(shape: Shape, width: int, trains: bool) -> float:
     """All weights on one device, as the embedded sampler of several devices gathers them.
 
     Matrices of linear layers are gathered in the compute dtype. The others, above all the embedding, are in the type that they are
-    stored in (float32 where all weights train), beside which the decoder holds a copy in the compute dtype.
+    stored in (float32 where all weights train), and the decoder holds another copy in the compute dtype.
     """
     head = head_parameters(shape)
     tied = shape.parameters - shape.linear_parameters < 2 * head

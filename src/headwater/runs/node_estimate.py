@@ -75,7 +75,7 @@ class Estimate:
 
 
 def seconds_of(flops: float, decoded: tuple[float, float], device: Device) -> float:
-    """Time on one device of so many FLOPs, of which decoding (bytes read, FLOPs) is limited by bandwidth or arithmetic."""
+    """Time on one device for these FLOPs, of which decoding (bytes read, FLOPs) is limited by bandwidth or arithmetic."""
     read, decoding_flops = decoded
     decoding = max(read / (BANDWIDTH_SHARE * device.bandwidth), decoding_flops / (UTILISATION * device.flops))
     return decoding + (flops - decoding_flops) / (UTILISATION * device.flops)

@@ -23,7 +23,7 @@ from headwater.training.update import Metrics
 from headwater.types import Problem, Rollout
 
 NOTABLE_SHARE = 0.1
-"""Share of a stage's FLOPs above which the user is told what measuring costs."""
+"""Share of a stage's FLOPs above which a message says what measuring costs."""
 
 
 @dataclass(frozen=True)

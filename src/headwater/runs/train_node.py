@@ -100,7 +100,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
 
     Each step is recorded in the order metrics, ledger, rollouts, condition C2, evaluation, checkpoint: exact resume depends on it.
-    Whatever stops training, the step is recorded first: its labels were looked at. A step that was not finished leaves no
+    Whatever stops training, the step is recorded first: its labels were used. A step that was not finished leaves no
     checkpoint; one that is resumed is measured first if an interrupt left that out.
 
     Raises TrainingStoppedError when a guard or the loop stops training, KeyboardInterrupt when asked to stop. Both leave a
@@ -260,7 +260,7 @@ def rollout_source(
 
 
 def spent_labels(node: Node, context: NodeContext) -> set[str]:
-    """Ids of the problems whose labels the stages before this one looked at."""
+    """Ids of the problems whose labels the stages before this one used."""
     earlier = [context.node_dir(parent).ledger for parent in node.lineage() if parent != node]
     spends = (spend for ledger in earlier for spend in read_jsonl(ledger))
     return {label for spend in spends if spend["purpose"] == "train" for label in spend["labels"]}
@@ -356,7 +356,7 @@ def rollout_row(row: Row, prompter: Prompter) -> dict[str, Any]:
 
 
 def label_note(node: Node, context: NodeContext) -> dict[str, Any] | None:
-    """The labels that a stage may look at: {"pool", "distinct_allowed"}; None for a node that does not train."""
+    """The labels that a stage may use: {"pool", "distinct_allowed"}; None for a node that does not train."""
     if node.kind != "train" or node.settings is None or node.pool is None:
         return None
     pool = context.inputs.pool(node.pool)
@@ -378,6 +378,6 @@ def model_card(node: Node, context: NodeContext, steps: int) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"
         f"# {recipe.name}: {node.role} after {node.stage} (seed {node.seed})\n\n"
         f"Trained with Headwater from `{start}`: stage `{node.stage}`, objective `{stage.objective}` "
-        f"({stage.spec.description}), {steps} steps. Labels this stage may look at: {note['distinct_allowed'] if note else 0}. "
+        f"({stage.spec.description}), {steps} steps. Labels this stage may use: {note['distinct_allowed'] if note else 0}. "
         "The run's `recipe.json`, `ledger.jsonl` and `report.json` say how it was made and what it scored.\n"
     )

@@ -36,7 +36,7 @@ class AheadSampler:
     now           samples from the policy itself where nothing was sampled ahead: in a stage's first step
     steps         number of the stage's steps
 
-    Grading and scoring start when the rollouts are taken, so a label is looked at in the step that trains on it.
+    Grading and scoring start when the rollouts are taken, so a label is used in the step that trains on it.
     """
 
     def __init__(self, policy: Policy, copy: Policy, make_sampler: SamplerFactory, now: Sampler, steps: int) -> None:

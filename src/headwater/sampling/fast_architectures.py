@@ -73,7 +73,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """What the fast decoder has to know of one model beside its weights.
+    """What the fast decoder has to know of one model besides its weights.
 
     width         of a head
     rotary_width  leading dimensions of each head that RoPE rotates

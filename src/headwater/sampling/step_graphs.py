@@ -49,7 +49,7 @@ class StepGraphs:
         self.works = True
 
     def padded_rows(self, rows: int) -> int:
-        """Rows that a step for so many rows is run with."""
+        """Rows that a step for this many rows is run with."""
         if not self.works:
             return rows
         multiple = max(1, self.max_rows // ROW_CHOICES)

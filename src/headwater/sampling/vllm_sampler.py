@@ -43,7 +43,7 @@ CPU_TOKENS = 8192
 NOT_ARCHITECTURE = {"_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Fields of a model's config that do not affect its engine."""
 FULL_DEVICE = ("less than desired", "exceed the desired", "No available memory", "on kv cache allocation is less")
-"""Parts of vLLM's messages when an engine finds no room beside what else the device holds."""
+"""Parts of vLLM's messages when an engine finds no room next to what else the device holds."""
 
 
 def make_factory(recipe: Recipe) -> SamplerFactory:
@@ -78,7 +78,7 @@ class Engine:
 
     sleeps         it frees its GPU memory between batches of requests
     multiprocess   its workers are separate processes, to which weights are sent
-    own_process    it runs beside the trainer in a process of its own, which reads weights from a file in shared memory
+    own_process    it runs next to the trainer in a process of its own, which reads weights from a file in shared memory
     loaded_policy  the frozen policy whose weights it holds; None if it holds none, or those of a policy that trains
     """
 

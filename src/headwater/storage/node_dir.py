@@ -75,7 +75,7 @@ class NodeDir:
         return self.path.name
 
     @property
-    def attempts(self) -> Path:  # beside the nodes, because it says nothing about their results
+    def attempts(self) -> Path:  # next to the nodes' folders, because it says nothing about their results
         return self.path.parent.parent / "attempts" / f"{self.name}.json"
 
     @property

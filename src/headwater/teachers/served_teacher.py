@@ -222,7 +222,7 @@ class ServedTeacher:
             "add_special_tokens": False,
             "return_token_ids": True,
         }
-        # The text of a sampled token stands in three fields.
+        # The text of a sampled token is in three fields.
         choice = self._choices(body, 1, len(request.prompt_ids) + 4 * sampling.max_tokens)[0]
         ids, logprobs, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
         sampler_logp = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None

@@ -186,7 +186,7 @@ def _read(response: httpx2.Response, limit: int) -> bytes:
 
 
 def _refuse_large(text: bytes, entries: int) -> None:
-    """Raises _RetryableError for an answer that has more bytes or JSON values than so many entries take."""
+    """Raises _RetryableError for an answer that has more bytes or JSON values than this number of entries takes."""
     most_bytes, most_values = entries * ENTRY_BYTES, entries * ENTRY_VALUES
     if len(text) > most_bytes:
         raise _RetryableError(f"its answer has over {most_bytes:,} bytes, more than the request asked for")

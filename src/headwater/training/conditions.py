@@ -41,7 +41,7 @@ class Schedule:
         return self.problems > 0 and (step % self.every == 0 or last)
 
     def measurements(self, steps: int) -> int:
-        """Number of measurements in a stage of so many steps. Example: every 25 of 60 steps: at 0, 25, 50 and 60."""
+        """Number of measurements in a stage of this many steps. Example: every 25 of 60 steps: at 0, 25, 50 and 60."""
         return 0 if self.problems == 0 else -(-steps // self.every) + 1
 
     def within(self, budget: float, cost: float, steps: int) -> Schedule:

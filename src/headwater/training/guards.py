@@ -95,7 +95,7 @@ class Measure:
     remedy       what to do about it, in a few words; {stage} is replaced by the stage's field
     windows      number of full windows that it compares; a stage must be long enough for them
     unless       a column whose presence disables the guard
-    requires     a column without which a row is not looked at
+    requires     a column without which a row is skipped
     explained    whether the outcomes of the completions say why it fires, and give the remedy
     """
 
@@ -306,7 +306,7 @@ def no_signal(
 
     rows   of metrics.jsonl, one for each step so far
     steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
-    pool   number of labels that the stage may look at
+    pool   number of labels that the stage may use
     dense  the stage's settings of the teacher's signal; where it trains groups that are all wrong, their labels buy that
     """
     if guards.no_signal != "stop" or steps < guards.patience or dense.trains_wrong_groups:
@@ -323,6 +323,6 @@ def no_signal(
     rest = f", and the other {left} of this stage's {pool} would be wasted too" if left > 0 else ""
     return (
         f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
-        f"{outcomes.because(stage.max_tokens)}; {labels} labels were looked at{rest}; "
+        f"{outcomes.because(stage.max_tokens)}; {labels} labels were used{rest}; "
         f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on all the same)"
     )

@@ -24,7 +24,7 @@ from headwater.training.update import Metrics, learning_rate, update
 class StepBatch:
     """The annotated rollouts of one step and what they cost.
 
-    labels   ids of the problems whose answers were looked at; `checks` counts the completions that were graded
+    labels   ids of the problems whose answers were used; `checks` counts the completions that were graded
     flops    of sampling and scoring
     stopped  why the batch is incomplete and training must stop; what was graded by then is charged all the same
     """
@@ -70,7 +70,7 @@ def train_steps(
     steps              step indices to run, from the last checkpoint's to the end of the stage
     microbatch_tokens  maximum tokens in one pass; a size that did not fit is not tried again
 
-    A step whose labels were looked at is yielded even if it stops training (`StepResult.stopped`), so that the caller can
+    A step whose labels were used is yielded even if it stops training (`StepResult.stopped`), so that the caller can
     record what it cost. Raises TrainingStoppedError ("step 3 of 10: …") when the source stops before it has graded anything.
     """
     for step in steps:

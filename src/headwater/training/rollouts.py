@@ -94,7 +94,7 @@ class PolicyRollouts:
     teacher    scores the rollouts; None for a sparse objective
     reference  the stage's initial weights, for an objective with a KL term to them
     budget     maximum tokens of a scoring pass; shrinks when memory runs out
-    sampler    samples completions; an `AheadSampler` is told the next step's requests
+    sampler    samples completions; an `AheadSampler` also gets the next step's requests
     parts      number of parts in which the teacher scores a step's rollouts, each while later ones are still being
                sampled (`AsyncScorer`); 1 scores everything after sampling. Of several ranks each scores what it samples, and
                `teacher` communicates over a process group of its own

@@ -14,7 +14,7 @@ from headwater.losses.materialized import Exact, TopK
 from headwater.training.update import Metrics
 
 TOKENS = 16
-"""Tokens of a step that are looked at, each of another rollout: where a teacher has turned uniform, every token shows it."""
+"""Tokens of a step that are compared, each of another rollout: where a teacher has turned uniform, every token shows it."""
 
 
 def contrast_metrics(rows: Sequence[Row], vocabulary: int, ranks: ProcessGroup) -> Metrics:

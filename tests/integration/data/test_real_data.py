@@ -121,7 +121,7 @@ def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path)
     why = sentence(result)
     assert "teacher_rl, step 2 of 2: no informative group in 2 steps, so reward gives no gradient: " in why
     assert "% of the completions were cut at max_tokens = " in why
-    assert "4 labels were looked at; raise stages.teacher_rl" in why  # it was the last step
+    assert "4 labels were used; raise stages.teacher_rl" in why  # it was the last step
     assert "set guards.no_signal=continue to train on" in why
     assert "Traceback" not in result.err
     assert not list(out.glob("nodes/teacher_rl*/DONE")) and list(out.glob("nodes/base_teacher*/DONE"))

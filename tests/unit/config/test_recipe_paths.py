@@ -68,7 +68,7 @@ def test_path_in_neither_folder_is_refused_with_both(recipe: Path, old: str, new
     with pytest.raises(UserError) as refusal:
         find_recipe(str(recipe), [])
     assert str(refusal.value) == (
-        f"{field}: no such file or folder, neither beside the recipe in {here / 'configs'} nor in the working directory {here}"
+        f"{field}: no such file or folder, neither in the recipe's folder {here / 'configs'} nor in the working directory {here}"
     )
 
 

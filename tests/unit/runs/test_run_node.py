@@ -180,4 +180,4 @@ def test_no_signal_guard_passes_with_one_informative_group_or_continue(tmp_path:
     assert no_signal_guard(tmp_path, stop=False)(silent(3)) is None
     # A stage that had more patience before, or none of this guard, is judged by all of its steps so far.
     assert guard(silent(4)) is not None
-    assert guard({"step": 3, "loss": 0.0}) is None  # a dense stage looks at no labels
+    assert guard({"step": 3, "loss": 0.0}) is None  # a dense stage uses no labels

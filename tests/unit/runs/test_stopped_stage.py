@@ -172,7 +172,7 @@ def assert_recorded(run: StageRun, steps: int, graded: list[str]) -> None:
             NO_SIGNAL,
             lambda number: False,
             None,
-            "4 labels were looked at; raise stages.student_rl.sampling.max_tokens",
+            "4 labels were used; raise stages.student_rl.sampling.max_tokens",
             16,
         ),
         (TRUNCATION, every_other, None, "guard truncation", 16),
