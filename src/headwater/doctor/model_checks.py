@@ -185,7 +185,7 @@ def generation_configs(context: DoctorContext) -> Iterator[Finding]:
         changes = context.inputs.model_folder(role).generation_changes
         if changes:
             yield note(
-                "generation-config-mended",
+                "generation-config-corrected",
                 f"models.{role}: transformers refuses to save its generation_config.json as it is; in the folder of a trained model, "
                 f"{', '.join(changes)}",
                 "nothing, or correct the file if those settings were meant otherwise",

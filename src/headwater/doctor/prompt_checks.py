@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, few, note, warning
-from headwater.models.prompts import Prompter, reads_clock, spelt_template
+from headwater.models.prompts import Prompter, reads_clock, special_tokens, spelt_template
 from headwater.models.rope import mixed_lengths, positions
 from headwater.sampling.vllm_sampler import max_sequence_tokens
 from headwater.tasks.thinking import after_thinking
@@ -218,10 +218,8 @@ def control_tokens(context: DoctorContext) -> Iterator[Finding]:
 def control_tokens_of(tokenizer: Any) -> dict[int, str]:
     """Id -> spelling of the tokens that steer a model: special ones, and added ones in brackets (`<think>`, `[INST]`)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    tokens = {
-        id_: token.content for id_, token in added.items() if token.special or _BRACKETED.fullmatch(token.content)
-    }
-    tokens |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    bracketed = {id_: token.content for id_, token in added.items() if _BRACKETED.fullmatch(token.content)}
+    tokens = bracketed | special_tokens(tokenizer)
     return {id_: content for id_, content in tokens.items() if id_ != tokenizer.unk_token_id}
 
 

@@ -10,7 +10,7 @@ from headwater.report.format import join_and, percent, training_costs
 from headwater.report.stages import accuracies, stage_name
 from headwater.report.study import Node, Study
 from headwater.report.verdict import failure_word, measured_in_training, uninformative
-from headwater.report.watch import is_locked
+from headwater.storage.files import is_locked
 
 VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "is not shown to differ from"}
 

@@ -27,6 +27,7 @@ from headwater.report.render import clean
 from headwater.report.stages import stage_name
 from headwater.report.study import Node, finite_values, is_finite_number
 from headwater.runs.plan import Node as PlannedNode
+from headwater.storage.files import is_locked
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
@@ -232,20 +233,6 @@ def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir, flops: Mapping[str
         return flops[node.node] * worked_seconds / worked_flops if node.node in flops and worked_flops > 0 else None
 
     return tuple(replace(node, seconds_left=whole(node)) if node.seconds_left is None else node for node in nodes)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file. Reads /proc/locks, because trying to lock could turn a run away."""
-    if not path.exists():
-        return False
-    inode = str(path.stat().st_ino)
-    try:
-        rows = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux
-        return False
-    return any(
-        words[1] == "FLOCK" and words[5].split(":")[2] == inode for row in rows if len(words := row.split()) >= 8
-    )
 
 
 # The table for the terminal -------------------------------------------------------------------------------------------

@@ -96,5 +96,5 @@ def missing_requests(node: Node, context: NodeContext, teacher: Supervisor, kept
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in inputs.prompts(node.pool, node.settings)]
     requests = requests_for(prompts, node.settings.group_size, 0, node.seed, node.stage)
     read = sorted(epoch_order(len(requests), node.seed, 0)[: context.plan.cached_rollouts(node)])
-    known = {(rollout.problem_id, rollout.sample) for rollout in kept}
+    known = {rollout.key for rollout in kept}
     return [request for request in map(requests.__getitem__, read) if (request.problem_id, request.sample) not in known]

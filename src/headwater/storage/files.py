@@ -271,6 +271,20 @@ def lock(path: Path, timeout: float) -> Iterator[bool]:
             return
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file. Reads /proc/locks, because trying to lock could turn a run away."""
+    if not path.exists():
+        return False
+    inode = str(path.stat().st_ino)
+    try:
+        rows = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return False
+    return any(
+        words[1] == "FLOCK" and words[5].split(":")[2] == inode for row in rows if len(words := row.split()) >= 8
+    )
+
+
 def copy_tree(source: Path, target: Path) -> None:
     """Copy a folder's files, as hard links where the file system has them."""
     shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)

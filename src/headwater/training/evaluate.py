@@ -16,9 +16,7 @@ from headwater.errors import TrainingStoppedError
 from headwater.models.prompts import Prompter
 from headwater.sampling.base import OnFinished, Request, Sampler, requests_for
 from headwater.storage import fault_points
-from headwater.types import Problem, Rollout, Verdict
-
-Key = tuple[str, int]
+from headwater.types import Problem, Rollout, RolloutKey, Verdict
 
 
 class SamplingStoppedError(TrainingStoppedError):
@@ -122,9 +120,9 @@ def sample_and_grade(
         try:
             rollouts = sampler.sample(requests, sampling, arrived)
             sampled = time.perf_counter()
-            verdicts: dict[Key, Verdict] = {}
+            verdicts: dict[RolloutKey, Verdict] = {}
             for finished, future in pending:
-                keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
+                keys = [rollout.key for rollout in finished]
                 verdicts.update(zip(keys, future.result(), strict=True))
                 fault_points.failpoint("verdicts.checked")
                 if on_finished is not None:

@@ -71,7 +71,7 @@ class CachedRollouts:
         ranks: ProcessGroup = SINGLE_PROCESS,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in with_tags(rows, tags or {})}
+        self._rows = {row.rollout.key: row for row in with_tags(rows, tags or {})}
         self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
         self._stage, self._seed, self._ranks = stage, seed, ranks
 
@@ -171,7 +171,7 @@ class PolicyRollouts:
         if self.parts == 1 or ranks.single_process:
             return scored
         assert self.teacher is not None and not isinstance(self.teacher, ComposedTeacher)
-        keys = [(row.rollout.problem_id, row.rollout.sample) for row in rows]
+        keys = [row.rollout.key for row in rows]
         owner_of = dict(zip(keys, owners(rows, self.stage, self.stage.group_size, ranks.size), strict=True))
         return exchanged(scored, owner_of, [row.rollout for row in rows if row.local], self.teacher, ranks)
 
@@ -254,7 +254,7 @@ class PolicyRollouts:
             logps = iter(self.budget.fit_passes(partial(logp_of, self.reference, rollouts), rollouts))
             rows = [replace(row, reference_logp=next(logps)) if row.local else row for row in rows]
         if self.teacher is not None:
-            keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]
+            keys = [rollout.key for rollout in rollouts]
             with torch.no_grad():
                 distributions = iter(
                     [scored[key] for key in keys] if self.parts > 1 else self._teacher_distributions(rollouts)

@@ -62,9 +62,9 @@ def test_unwritable_generation_config_is_only_noted(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6}))
     examination = diagnose(find_recipe("pocket", [*TINY, *changes]), ("bridge_rl",), (0,), tmp_path / "out")
     assert examination.errors == ()
-    mended = [finding for finding in examination.findings if finding.name == "generation-config-mended"]
-    assert len(mended) == 1 and mended[0].severity == "note"
-    assert "models.student" in mended[0].evidence and "do_sample is set to true" in mended[0].evidence
+    corrected = [finding for finding in examination.findings if finding.name == "generation-config-corrected"]
+    assert len(corrected) == 1 and corrected[0].severity == "note"
+    assert "models.student" in corrected[0].evidence and "do_sample is set to true" in corrected[0].evidence
 
 
 def test_unsavable_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.report import serve, watch
 from headwater.runs.plan import Node, last_node
-from headwater.storage.files import lock
+from headwater.storage.files import is_locked, lock
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_time_left_of_parallel_nodes_is_shared() -> None:
 
 
 def test_running_process_is_detected_by_its_lock_without_taking_it(half: Path) -> None:
-    assert not watch.is_locked(half / ".lock")
+    assert not is_locked(half / ".lock")
     with lock(half / ".lock", 0.0) as free:
         assert free
         status = watch.read_status(half)
