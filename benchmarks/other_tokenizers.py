@@ -23,7 +23,8 @@ from headwater import stats
 from headwater.report.contrasts import accuracy, seed_matrix
 from headwater.report.format import percent, points, units
 from headwater.report.study import EvalCounts, costs, read_study
-from headwater.storage.run_dir import RunDir, write_atomic
+from headwater.storage.files import write_atomic
+from headwater.storage.run_dir import RunDir
 
 RECIPE, TEACHER = "examples/other_tokenizer.yaml", "models/qwen3-teacher-joined"
 HALVINGS = 12

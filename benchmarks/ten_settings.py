@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from headwater.storage.run_dir import RunDir, read_json, write_atomic, write_json
+from headwater.storage.files import read_json, write_atomic, write_json
+from headwater.storage.run_dir import RunDir
 from tools.pretrain.pocket import POCKET, PretrainSpec, measure, pretrain
 
 STUDENT, TEACHER = POCKET["qwen3-student"], POCKET["qwen3-teacher"]

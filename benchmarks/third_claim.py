@@ -17,7 +17,8 @@ from benchmarks.results import interval, read_report, table
 from benchmarks.ten_settings import headwater
 from headwater.report.contrasts import reading
 from headwater.report.format import count, points
-from headwater.storage.run_dir import RunDir, write_atomic
+from headwater.storage.files import write_atomic
+from headwater.storage.run_dir import RunDir
 
 SETTINGS = {
     "plain": "",

@@ -14,7 +14,7 @@ import numpy as np
 from headwater import stats
 from headwater.errors import UserError
 from headwater.evaluation import Evaluation
-from headwater.storage.run_dir import write_atomic
+from headwater.storage.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from headwater.runs.plan import Plan
 from headwater.runs.run_node import remove_unneeded
 from headwater.runs.setup import prepared, prompt_day, stop_requests
 from headwater.storage import fault_points
-from headwater.storage.files import write_rows
-from headwater.storage.run_dir import RunDir, read_checked, write_checked, write_json
+from headwater.storage.files import read_checked, write_checked, write_json, write_rows
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import read_plan, refuse_links
 
 SHOWN_TEXT = 4000

@@ -31,7 +31,7 @@ from headwater.sampling.decoder import CacheDecoder, decoder_for
 from headwater.sampling.fast_decoder import FastDecoder
 from headwater.sampling.token_draws import draw_tokens
 from headwater.sampling.torch_sampler import TorchSampler, stop_mask
-from headwater.storage.run_dir import NodeDir
+from headwater.storage.node_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.training.update import make_optimizer, update

@@ -14,7 +14,7 @@ import pytest
 
 from forked_runs import ProcessResult, warm_runs
 from headwater.runs.executors import base as executor
-from headwater.storage.run_dir import NodeDir
+from headwater.storage.node_dir import NodeDir
 from headwater.training import conditions
 from runs import (
     WHOLE_ARM,

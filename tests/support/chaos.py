@@ -20,7 +20,8 @@ from typing import Any
 
 from forked_runs import ForkedRuns, ProcessResult
 from headwater.report import build as report
-from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
+from headwater.storage.files import read_json, read_jsonl, write_atomic, write_json
+from headwater.storage.run_dir import RunDir
 from runs import TIMED, WHOLE_ARM, done, sets, without_seconds
 
 SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two

@@ -30,7 +30,8 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.storage.run_dir import NodeDir, read_json, write_json
+from headwater.storage.files import read_json, write_json
+from headwater.storage.node_dir import NodeDir
 from headwater.tasks.word_problems import WordsDials, generate, grade, problems
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.types import Problem

@@ -12,7 +12,9 @@ import yaml
 from headwater.config.arms import BASE_MODELS
 from headwater.errors import UserError, error_text
 from headwater.report import build as report
-from headwater.storage.run_dir import NodeDir, RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import read_plan
 
 if TYPE_CHECKING:

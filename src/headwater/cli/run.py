@@ -191,7 +191,8 @@ def execute(
         say_loading(f"checking recipe {recipe.name}", display)
         from headwater import pipeline
         from headwater.cli.results import print_report
-        from headwater.storage.run_dir import RunDir, read_json
+        from headwater.storage.files import read_json
+        from headwater.storage.run_dir import RunDir
 
         if assumptions is not None:
             from headwater.cli.dry_run import print_dry_run

@@ -26,7 +26,8 @@ from headwater.cli.run import execute
 from headwater.config.arms import OWN_STAGES
 from headwater.config.fitted import GROUP, OPD_GROUP
 from headwater.runs.progress import progress_display
-from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import refuse_malformed_files
 
 if TYPE_CHECKING:

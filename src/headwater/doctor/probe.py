@@ -41,8 +41,9 @@ from headwater.runs.setup import prepared, prompt_day
 from headwater.runs.translated_teacher import translated_teacher
 from headwater.sampling.base import Request
 from headwater.sampling.torch_sampler import TorchSampler
+from headwater.storage.files import write_json
 from headwater.storage.ledger import Spend, record
-from headwater.storage.run_dir import RunDir, write_json
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import refuse_links
 from headwater.teachers.translated import Supervisor
 from headwater.training import conditions

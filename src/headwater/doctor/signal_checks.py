@@ -14,7 +14,8 @@ from headwater.doctor.finding import Finding, note, warning
 from headwater.doctor.weight_checks import SELF_KL, scored_rollouts, self_kl
 from headwater.errors import UserError
 from headwater.runs.plan import Node, scorers, supervisor
-from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.run_dir import RunDir
 from headwater.tasks.outcomes import REMEDIES
 
 MAX_WITHOUT_ANSWER = 0.5

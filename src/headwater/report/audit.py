@@ -23,7 +23,8 @@ from headwater.report.label_use import labels_shown
 from headwater.report.study import Node, require_run
 from headwater.runs.plan import Node as PlannedNode
 from headwater.runs.plan import last_node
-from headwater.storage.run_dir import RunDir, read_json, read_jsonl
+from headwater.storage.files import read_json, read_jsonl
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import read_plan
 
 SHOWN_FAULTS = 3

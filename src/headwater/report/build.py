@@ -25,7 +25,8 @@ from headwater.report.stages import stage_rows, stages_of_arm
 from headwater.report.study import EvalCounts, Node, Study, costs, mean_costs, read_study
 from headwater.report.verdict import verdict
 from headwater.storage import fault_points
-from headwater.storage.run_dir import RunDir, atomic_folder, write_atomic, write_json
+from headwater.storage.files import atomic_folder, write_atomic, write_json
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import refuse_links, refuse_malformed_files
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from headwater.report.render import clean
 from headwater.report.stages import STAGE_NAMES, stage_name
 from headwater.report.study import Node, Study, is_finite_number
-from headwater.storage.run_dir import read_jsonl
+from headwater.storage.files import read_jsonl
 from headwater.tasks.outcomes import Outcome, outcome
 
 Item = TypeVar("Item")

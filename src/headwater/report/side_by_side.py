@@ -23,7 +23,8 @@ from headwater.report.stages import accuracies
 from headwater.report.study import Study, read_study
 from headwater.report.verdict import failure_state
 from headwater.report.view import Column, Section, Table, evaluation_column, interval_axis
-from headwater.storage.run_dir import FREE, RunDir, first_difference, read_json, write_atomic, write_json
+from headwater.storage.files import first_difference, read_json, write_atomic, write_json
+from headwater.storage.run_dir import FREE, RunDir
 from headwater.storage.untrusted import refuse_links, refuse_malformed_files
 
 MISSING = "–"

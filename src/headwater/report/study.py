@@ -19,7 +19,9 @@ from headwater import stats
 from headwater.config.arms import DESCRIPTIONS
 from headwater.errors import UserError
 from headwater.storage import ledger
-from headwater.storage.run_dir import FREE, NodeDir, RunDir, first_difference, read_json, read_jsonl
+from headwater.storage.files import first_difference, read_json, read_jsonl
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import FREE, RunDir
 from headwater.storage.untrusted import read_plan
 from headwater.tasks.registry import TASKS
 

@@ -14,7 +14,8 @@ from headwater.report.format import csv_text, join_and, percent
 from headwater.report.stages import accuracies
 from headwater.report.study import Study, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
-from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.run_dir import RunDir
 
 NO_REPORT: dict[str, Any] = {"seeds": [], "evals": [], "arms": {}, "contrasts": []}
 

@@ -23,7 +23,7 @@ from headwater.report.sweep import as_csv, build, comparisons, names
 from headwater.report.terminal import interval_text, rich_table
 from headwater.report.view import Column, RowHeader, Table
 from headwater.runs.sweep import Sweep, text_of, variation
-from headwater.storage.run_dir import write_atomic, write_json
+from headwater.storage.files import write_atomic, write_json
 
 LOG_FROM = 8.0
 """Positive numbers that span this factor are drawn on a logarithmic axis."""

@@ -27,8 +27,9 @@ from headwater.report.render import clean
 from headwater.report.stages import stage_name
 from headwater.report.study import Node, finite_values, is_finite_number
 from headwater.runs.plan import Node as PlannedNode
-from headwater.storage.files import is_locked
-from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
+from headwater.storage.files import is_locked, read_json, read_jsonl
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
 State = Literal["done", "failed", "at work", "stopped", "waiting"]

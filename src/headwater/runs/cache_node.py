@@ -10,9 +10,8 @@ from headwater.runs.node_context import NodeContext, after_step
 from headwater.runs.plan import Node
 from headwater.sampling.base import Request, requests_for
 from headwater.storage import fault_points
-from headwater.storage.files import keep_rows
+from headwater.storage.files import atomic_folder, keep_rows
 from headwater.storage.ledger import record
-from headwater.storage.run_dir import atomic_folder
 from headwater.teachers.cache import read_rollouts, refuse_huge_cache, write_distributions, write_rollouts
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training.evaluate import refuse_nan

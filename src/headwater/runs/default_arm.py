@@ -9,7 +9,8 @@ from pathlib import Path
 from headwater.config.arms import ARMS, BASE_MODELS, DEFAULT_ARM, DESCRIPTIONS, default_arm, missing_fields
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
 

@@ -22,8 +22,10 @@ from headwater.runs.plan import Node, Plan, Role, base_of, reads_contexts
 from headwater.runs.translated_teacher import translated_teacher
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
+from headwater.storage.files import read_jsonl
 from headwater.storage.ledger import Purpose, Spend
-from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.teachers.build import (
     Teacher,
     is_single_local_model,

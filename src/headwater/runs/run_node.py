@@ -12,7 +12,8 @@ from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
 from headwater.runs.train_node import label_note, train_node
 from headwater.storage import fault_points
-from headwater.storage.run_dir import RunDir, write_json
+from headwater.storage.files import write_json
+from headwater.storage.run_dir import RunDir
 from headwater.training.checkpoint import remove_checkpoints
 
 RUNNERS: dict[str, Callable[[Node, NodeContext], dict[str, Any] | None]] = {

@@ -16,7 +16,8 @@ from headwater.errors import UserError
 from headwater.models.oom import keep_freed_memory
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan, make_plan
-from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.run_dir import RunDir
 
 
 def set_up(compute: Compute) -> None:

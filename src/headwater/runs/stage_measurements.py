@@ -13,8 +13,8 @@ from headwater.runs.node_context import LoadTeacher, NodeContext, after_step
 from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
+from headwater.storage.files import append_jsonl, read_jsonl
 from headwater.storage.ledger import record
-from headwater.storage.run_dir import append_jsonl, read_jsonl
 from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training import conditions
 from headwater.training.conditions import Schedule

@@ -18,8 +18,8 @@ from typing import Any, cast
 from headwater import plugins
 from headwater.errors import UserError
 from headwater.runs.display import NodeProgress, ProgressDisplay
-from headwater.storage.files import read_rows_from
-from headwater.storage.run_dir import RunDir, read_json, write_json
+from headwater.storage.files import read_json, read_rows_from, write_json
+from headwater.storage.run_dir import RunDir
 from headwater.training.update import Metrics
 
 EVERY_SECONDS = 2.0

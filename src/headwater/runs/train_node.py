@@ -27,9 +27,8 @@ from headwater.sampling.ahead import AheadSampler
 from headwater.sampling.build import importance_cap
 from headwater.sampling.sharded_sampler import ShardedSampler
 from headwater.storage import fault_points
-from headwater.storage.files import Logs
+from headwater.storage.files import Logs, append_jsonl, atomic_folder, keep_rows, read_jsonl
 from headwater.storage.ledger import record
-from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, read_jsonl
 from headwater.teachers.build import uses_candidates
 from headwater.teachers.cache import read_cache
 from headwater.teachers.composed import ComposedTeacher, gain, product

@@ -42,26 +42,15 @@ from typing import Any
 
 from headwater.errors import UserError
 from headwater.storage.files import (
-    append_jsonl,
-    atomic_folder,
     first_difference,
     is_leftover,
-    keep_rows,
     lock,
-    read_checked,
     read_json,
-    read_jsonl,
     remove_leftovers,
     write_atomic,
-    write_checked,
     write_json,
 )
-from headwater.storage.node_dir import DISTRIBUTIONS, LARGE, InFolder, NodeDir
-
-__all__ = [  # re-exported for the modules that use file names
-    "DISTRIBUTIONS", "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "atomic_folder", "first_difference", "keep_rows",
-    "read_checked", "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json",
-]  # fmt: skip
+from headwater.storage.node_dir import InFolder, NodeDir
 
 FREE = dict.fromkeys(("seed", "compute", "guards", "conditions"))
 """Recipe fields in which runs of one study may differ: they change no trained weight."""

@@ -20,7 +20,7 @@ from headwater.losses.materialized import Exact, Grouped, Sorted, TopK
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
-from headwater.storage.run_dir import DISTRIBUTIONS
+from headwater.storage.node_dir import DISTRIBUTIONS
 from headwater.teachers import compact_ids
 from headwater.teachers.scoring import ScoringTeacher, distributions_of
 from headwater.types import Rollout

@@ -19,8 +19,8 @@ from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE, OPTIMI
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
-from headwater.storage.files import ASIDE, Logs, file_sums, first_damaged
-from headwater.storage.run_dir import NodeDir, atomic_folder, read_json, write_json
+from headwater.storage.files import ASIDE, Logs, atomic_folder, file_sums, first_damaged, read_json, write_json
+from headwater.storage.node_dir import NodeDir
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest may turn out to be damaged."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from headwater.config.dense import Dense
 from headwater.config.guards import GUARDS, Guard, Guards
-from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
+from headwater.storage.files import append_jsonl, read_jsonl
+from headwater.storage.node_dir import NodeDir
 from headwater.tasks.outcomes import Outcomes
 
 Row = Mapping[str, Any]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fake_runs import names, unfinished_run
-from headwater.storage.run_dir import RunDir, read_jsonl
+from headwater.storage.files import read_jsonl
+from headwater.storage.run_dir import RunDir
 from runs import all_arms, call, load_json
 
 

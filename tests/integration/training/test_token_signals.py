@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headwater.storage.run_dir import NodeDir
+from headwater.storage.node_dir import NodeDir
 from runs import all_arms, node, rows
 
 

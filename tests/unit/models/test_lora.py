@@ -32,7 +32,7 @@ from headwater.sampling import fast_weights
 from headwater.sampling.decoder import CacheDecoder, decoder_for
 from headwater.sampling.fast_decoder import FastDecoder
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.storage.run_dir import NodeDir
+from headwater.storage.node_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.training.lagged_copy import lagged_copy

@@ -16,7 +16,8 @@ from headwater.errors import UserError
 from headwater.report import build as report
 from headwater.report import contrasts, html_arms, html_stages
 from headwater.report.study import Node
-from headwater.storage.run_dir import NodeDir, append_jsonl
+from headwater.storage.files import append_jsonl
+from headwater.storage.node_dir import NodeDir
 
 
 @pytest.mark.parametrize("arm", list(ARMS))

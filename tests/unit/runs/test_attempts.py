@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from headwater.runs.executors.base import recorded_attempt
-from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.files import read_json
+from headwater.storage.run_dir import RunDir
 
 
 def test_attempts_are_recorded_also_where_node_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fake_runs import ARMS, fake_run
 from headwater.config.builtin import find_recipe
 from headwater.runs.default_arm import choose_arm
-from headwater.storage.run_dir import write_checked
+from headwater.storage.files import write_checked
 
 HALF, UNTIL = "labels.split=half", "stages.opd.until={metric: kl_student_teacher}"
 

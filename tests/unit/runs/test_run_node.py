@@ -14,7 +14,8 @@ from headwater.config.dense import Dense
 from headwater.config.guards import Guards
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row
-from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
+from headwater.storage.files import append_jsonl, read_jsonl
+from headwater.storage.node_dir import NodeDir
 from headwater.training.groups import count_uninformative, replace_uninformative
 from headwater.training.guards import StageOutcomes, no_signal, unchanged_teacher
 from headwater.training.rollouts import CachedRollouts, epoch_order

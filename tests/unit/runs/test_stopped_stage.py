@@ -29,7 +29,9 @@ from headwater.runs.plan import Node, Plan
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage import fault_points
-from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
+from headwater.storage.files import read_jsonl
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.training.rollouts import PolicyRollouts
 from headwater.types import Verdict, problem_id
 from runs import without_seconds

@@ -26,7 +26,9 @@ from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
-from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
+from headwater.storage.files import read_jsonl
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.training.checkpoint import load_checkpoint
 from headwater.training.loop import StepBatch
 from headwater.training.update import make_optimizer

@@ -6,8 +6,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from headwater.storage.files import read_jsonl
 from headwater.storage.ledger import Spend, Totals, record, totals
-from headwater.storage.run_dir import read_jsonl
 
 
 def test_ledger_totals_are_sums_with_each_label_once(tmp_path: Path) -> None:

@@ -9,13 +9,10 @@ import pytest
 
 from headwater.errors import UserError
 from headwater.storage import fault_points
-from headwater.storage.files import file_sums
-from headwater.storage.run_dir import (
-    DISTRIBUTIONS,
-    NodeDir,
-    RunDir,
+from headwater.storage.files import (
     append_jsonl,
     atomic_folder,
+    file_sums,
     first_difference,
     keep_rows,
     read_json,
@@ -23,6 +20,8 @@ from headwater.storage.run_dir import (
     write_atomic,
     write_json,
 )
+from headwater.storage.node_dir import DISTRIBUTIONS, NodeDir
+from headwater.storage.run_dir import RunDir
 
 
 class Unwritable:

@@ -17,7 +17,7 @@ from headwater.config.builtin import builtin_text
 from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
-from headwater.storage.run_dir import NodeDir
+from headwater.storage.node_dir import NodeDir
 from headwater.tasks.pools import pool_of
 from tiny import CPU
 from tiny_desk import TINY, TOKENIZER, use_tiny_desk

@@ -10,7 +10,7 @@ import pytest
 
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
-from headwater.storage.run_dir import NodeDir
+from headwater.storage.node_dir import NodeDir
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.training.update import make_optimizer, update
 from tiny import same_bits, sampled_rows, stage_of, tiny_policy, weights_of

@@ -15,7 +15,8 @@ from headwater.config.guards import GUARDS, Guards
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
-from headwater.storage.run_dir import NodeDir, append_jsonl
+from headwater.storage.files import append_jsonl
+from headwater.storage.node_dir import NodeDir
 from headwater.training.guards import MEASURES, GuardMonitor, StageOutcomes, Windows, jump
 from headwater.training.update import make_optimizer, update
 from runs import rows

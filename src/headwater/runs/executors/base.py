@@ -23,7 +23,9 @@ from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
 from headwater.runs.run_node import run_node
-from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
+from headwater.storage.files import read_json, write_json
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.training.update import Metrics
 
 PROGRESS_SECONDS = 2.0

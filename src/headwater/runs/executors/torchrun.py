@@ -28,7 +28,8 @@ from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node
 from headwater.runs.setup import stop_requests
-from headwater.storage.run_dir import NodeDir, RunDir
+from headwater.storage.node_dir import NodeDir
+from headwater.storage.run_dir import RunDir
 from headwater.types import Verdict
 
 
