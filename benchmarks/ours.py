@@ -114,7 +114,7 @@ def training_step(
 
     def step(number: int) -> Figures:
         batch = source(number)
-        stats = update(policy, optimizer, batch.rows, objective, stage, COMPUTE.microbatch_tokens)
+        stats = update(policy, optimizer, batch.rows, objective, COMPUTE.microbatch_tokens)
         return {
             "seconds_sample": batch.metrics["seconds_sample"],
             "seconds_score": batch.metrics["seconds_score"],
@@ -149,7 +149,7 @@ def train_of(case: Case, root: Path) -> Step:
         with torch.no_grad():
             scores = distributions_of(teacher, rollouts, COMPUTE.microbatch_tokens)
         rows = [replace(Row(rollout), teacher=score) for rollout, score in zip(rollouts, scores, strict=True)]
-        stats = update(policy, optimizer, rows, objective, stage, COMPUTE.microbatch_tokens)
+        stats = update(policy, optimizer, rows, objective, COMPUTE.microbatch_tokens)
         return {"seconds_update": stats["seconds_update"], "tokens_trained": stats["tokens_trained"]}
 
     return step

@@ -146,11 +146,11 @@ def test_update_out_of_memory_halves_microbatch_and_gives_same_weights(
 ) -> None:
     stage, rows = stage_of("grpo"), sampled_rows(policy_on(CPU))
     whole, halved = policy_on(device), policy_on(device)
-    update(whole, torch.optim.SGD(whole.model.parameters(), lr=0.1), rows, objective_of(stage), stage, 4096)
+    update(whole, torch.optim.SGD(whole.model.parameters(), lr=0.1), rows, objective_of(stage), 4096)
     room = Room(most=20)
     room.patch(monkeypatch)
     optimizer = torch.optim.SGD(halved.model.parameters(), lr=0.1)
-    fitted = update(halved, optimizer, rows, objective_of(stage), stage, 4096)["microbatch_tokens"]
+    fitted = update(halved, optimizer, rows, objective_of(stage), 4096)["microbatch_tokens"]
     assert fitted < 40 and max(room.sizes) > 20 and room.sizes[-1] <= 20
     for name, weight in weights_of(whole).items():
         torch.testing.assert_close(weights_of(halved)[name], weight, rtol=1e-4, atol=1e-6)
@@ -177,7 +177,7 @@ def test_checkpoint_of_device_continues_bitwise_and_loads_on_cpu(device: torch.d
     stage, node = stage_of("grpo"), NodeDir(tmp_path / "nodes" / "opd")
     policy, rows = policy_on(device), sampled_rows(policy_on(CPU))
     optimizer = make_optimizer(policy, stage.optim)
-    update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows, objective_of(stage), 4096)
     save_checkpoint(node, 1, policy.model, optimizer)
     other, on_cpu = policy_on(device, seed=9), policy_on(CPU, seed=9)
     restored = make_optimizer(other, stage.optim)
@@ -185,8 +185,8 @@ def test_checkpoint_of_device_continues_bitwise_and_loads_on_cpu(device: torch.d
     assert load_checkpoint(node, on_cpu.model, make_optimizer(on_cpu, stage.optim)) == 1
     assert same_bits(weights_of(other), weights_of(policy))
     assert same_bits(weights_of(on_cpu), {name: weight.cpu() for name, weight in weights_of(policy).items()})
-    update(policy, optimizer, rows, objective_of(stage), stage, 4096)
-    update(other, restored, rows, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows, objective_of(stage), 4096)
+    update(other, restored, rows, objective_of(stage), 4096)
     for name, weight in weights_of(policy).items():  # atomic additions on a GPU have no fixed order
         torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-5, atol=1e-7)
 

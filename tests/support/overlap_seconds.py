@@ -78,7 +78,7 @@ def run(policy: Policy, copy: Policy, make_sampler: SamplerFactory, overlap: int
         wall, processor = time.perf_counter(), time.process_time()
         rollouts = [Row(rollout) for rollout in sampler.sample(requests(step), SAMPLING)]
         sampled = time.perf_counter()
-        update(policy, optimizer, rollouts, objective, STAGE, 16384)
+        update(policy, optimizer, rollouts, objective, 16384)
         rows.append({
             "step": time.perf_counter() - wall, "update": time.perf_counter() - sampled,
             "processor": time.process_time() - processor,

@@ -121,7 +121,7 @@ def measure(folder: Path, args: argparse.Namespace, ranks: ProcessGroup) -> None
     seconds, stats = [0.0], dict.fromkeys(("grad_norm", "loss"), 0.0)
     for _ in range(args.steps):
         began = time.perf_counter()
-        stats = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
+        stats = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), 4096)
         seconds.append(time.perf_counter() - began)
     stepping = status("VmHWM") - empty
     parameters = list(policy.model.parameters())

@@ -151,7 +151,7 @@ def taught(rows: list[Row], teacher: Policy, tokens: int = 4096) -> list[Row]:
 def gradient_of(policy: Policy, rows: list[Row], stage: Stage, tokens: int = 4096) -> dict[str, torch.Tensor]:
     """Gradient that `update` computes for one optimizer step; the learning rate is 0, so the policy does not change."""
     policy.model.zero_grad(set_to_none=True)
-    update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), stage, tokens)
+    update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), tokens)
     gradients = {
         name: parameter.grad.clone()
         for name, parameter in policy.model.named_parameters()

@@ -88,7 +88,7 @@ def train_steps(
         update_metrics: Metrics = {"updates": 0, "microbatch_tokens": microbatch_tokens, "tokens_trained": 0}
         if stopped is None:
             try:
-                update_metrics = update(policy, optimizer, batch.rows, objective, objective.stage, microbatch_tokens)
+                update_metrics = update(policy, optimizer, batch.rows, objective, microbatch_tokens)
             except TrainingStoppedError as error:
                 stopped = str(error)
         microbatch_tokens = int(update_metrics["microbatch_tokens"])

@@ -83,12 +83,7 @@ def needs_old_logp(stage: Stage) -> bool:
 
 
 def update(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[Row],
-    objective: Objective,
-    stage: Stage,
-    tokens: int,
+    policy: Policy, optimizer: torch.optim.Optimizer, rows: Sequence[Row], objective: Objective, tokens: int
 ) -> Metrics:
     """Take every optimizer step for one batch of rows (passes × minibatches) and return its metrics.
 
@@ -98,7 +93,7 @@ def update(
     Raises TrainingStoppedError on a non-finite loss or gradient, before the weights change, and when a single row does not
     fit into memory.
     """
-    budget = BatchBudget(tokens)
+    stage, budget = objective.stage, BatchBudget(tokens)
     if needs_old_logp(stage) and not all(row.zero_gradient for row in rows):
         own = [row for row in rows if row.local and not row.zero_gradient]
         rollouts = [row.rollout for row in own]

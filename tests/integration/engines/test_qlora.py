@@ -51,7 +51,7 @@ def adapted(where: Path, quantize: str | None = "nf4", **settings: Any) -> Polic
 
 def moved(policy: Policy) -> Policy:
     """The policy after one large optimizer step."""
-    update(policy, make_optimizer(policy, GRPO.optim), sampled_rows(policy), objective_of(GRPO), GRPO, 4096)
+    update(policy, make_optimizer(policy, GRPO.optim), sampled_rows(policy), objective_of(GRPO), 4096)
     return policy
 
 

@@ -70,11 +70,11 @@ from tiny import rollout_of, stage_of, tiny_policy
 policy = tiny_policy(intermediate_size=4096)
 rows = [Row(rollout_of((1, 6, 2), tuple(5 + (i + j) % 10 for j in range(120)), sample=i), advantage=1.0) for i in range(128)]
 stage = stage_of("sft", batch_size=128)
-update(policy, make_optimizer(policy, stage.optim), rows[:2], objective_of(stage), stage, 300)
+update(policy, make_optimizer(policy, stage.optim), rows[:2], objective_of(stage), 300)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 300 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-found = update(policy, make_optimizer(policy, stage.optim), rows, objective_of(stage), stage, 1 << 20)
+found = update(policy, make_optimizer(policy, stage.optim), rows, objective_of(stage), 1 << 20)
 print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
 """
 

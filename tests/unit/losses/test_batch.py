@@ -113,7 +113,7 @@ def test_eos_is_trained_on_even_if_used_as_padding(policy: Policy) -> None:
     stage = stage_of("sft", optim={"lr": 3e-3})
     optimizer = make_optimizer(policy, stage.optim)
     for _ in range(30):
-        update(policy, optimizer, ended, objective_of(stage), stage, 4096)
+        update(policy, optimizer, ended, objective_of(stage), 4096)
     after = logp_of(policy, [row.rollout for row in ended], 4096)
     for old, new in zip(before, after, strict=True):
         assert new[-1].exp().item() > 0.9 > old[-1].exp().item()
@@ -153,5 +153,5 @@ def test_policy_copies_share_no_memory(policy: Policy) -> None:
     """The helper that other tests rely on: training a copy leaves the original alone."""
     other, before = copied(policy), weights_of(policy)
     stage = stage_of("sft")
-    update(other, make_optimizer(other, stage.optim), sampled_rows(policy), objective_of(stage), stage, 4096)
+    update(other, make_optimizer(other, stage.optim), sampled_rows(policy), objective_of(stage), 4096)
     assert furthest(weights_of(policy), before) == 0.0 < furthest(weights_of(other), before)

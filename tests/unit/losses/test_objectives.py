@@ -195,7 +195,7 @@ def test_update_applies_importance_weights_if_cap_is_set(policy: Policy) -> None
     stage, optimizer = stage_of("grpo"), torch.optim.SGD(policy.model.parameters(), lr=0.0)
 
     def gradient(cap: float | None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        result = update(policy, optimizer, doubled, objective_of(stage, cap), stage, 4096)
+        result = update(policy, optimizer, doubled, objective_of(stage, cap), 4096)
         return {
             name: weight.grad.clone() for name, weight in policy.model.named_parameters() if weight.grad is not None
         }, result

@@ -61,7 +61,7 @@ def trained(folder: Path, steps: int = 2, **settings: Any) -> Policy:
     policy = adapted(folder, **settings)
     optimizer = make_optimizer(policy, GRPO.optim)
     for step in range(steps):
-        update(policy, optimizer, sampled_rows(policy, draw=step), objective_of(GRPO), GRPO, 4096)
+        update(policy, optimizer, sampled_rows(policy, draw=step), objective_of(GRPO), 4096)
     return policy
 
 
@@ -179,7 +179,7 @@ def test_copy_of_adapter_follows_on_same_base(qwen3_folder: Path) -> None:
     before, optimizer = scores(policy, rows), make_optimizer(policy, GRPO.optim)
     assert torch.equal(scores(follower, rows), before)
     for step in (1, 2):
-        update(policy, optimizer, sampled_rows(policy, draw=step), objective_of(GRPO), GRPO, 4096)
+        update(policy, optimizer, sampled_rows(policy, draw=step), objective_of(GRPO), 4096)
         after = scores(policy, rows)
         assert furthest_apart(after, before) > 1e-3
         copy.follow(step)
@@ -249,7 +249,7 @@ def test_next_stage_continues_adapter_with_its_start_as_reference(qwen3_folder: 
     rows = sampled_rows(first, draw=3)
     assert furthest_apart(scores(second, rows), scores(first, rows)) < 1e-5
     optimizer = make_optimizer(second, GRPO.optim)
-    update(second, optimizer, sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
+    update(second, optimizer, sampled_rows(second, draw=4), objective_of(GRPO), 4096)
     assert furthest_apart(scores(second.reference(), rows), scores(first, rows)) < 1e-5
     assert furthest_apart(scores(second, rows), scores(first, rows)) > 0.1
     # What it leaves behind stands on the first base and is no larger than the first adapter.
@@ -280,7 +280,7 @@ def test_adapter_fingerprint_depends_on_base(tmp_path: Path) -> None:
 def test_checkpoint_holds_adapter_only_and_loads_bitwise(qwen3_folder: Path, tmp_path: Path) -> None:
     policy, place = adapted(qwen3_folder), NodeDir(tmp_path / "nodes" / "opd")
     optimizer, rows = make_optimizer(policy, GRPO.optim), sampled_rows(policy)
-    update(policy, optimizer, rows, objective_of(GRPO), GRPO, 4096)
+    update(policy, optimizer, rows, objective_of(GRPO), 4096)
     save_checkpoint(place, 1, policy.model, optimizer)
     kept = load_file(place.checkpoint(1) / "adapter.safetensors")
     assert len(kept) == 28 and all(".lora_" in name for name in kept)
@@ -289,7 +289,7 @@ def test_checkpoint_holds_adapter_only_and_loads_bitwise(qwen3_folder: Path, tmp
     restored = make_optimizer(other, GRPO.optim)
     assert load_checkpoint(place, other.model, restored) == 1
     for trained_policy, its in ((policy, optimizer), (other, restored)):
-        update(trained_policy, its, rows, objective_of(GRPO), GRPO, 4096)
+        update(trained_policy, its, rows, objective_of(GRPO), 4096)
     assert same_bits(weights_of(other), weights_of(policy))
 
 

@@ -93,7 +93,7 @@ def test_next_stage_continues_layers_with_their_start_as_reference(kind: str, tm
     rows = sampled_rows(first, draw=3)
     wanted = scores(first, rows)
     assert furthest_apart(scores(second, rows), wanted) < 1e-5
-    update(second, make_optimizer(second, GRPO.optim), sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
+    update(second, make_optimizer(second, GRPO.optim), sampled_rows(second, draw=4), objective_of(GRPO), 4096)
     assert furthest_apart(scores(second.reference(), rows), wanted) < 1e-5
     assert furthest_apart(scores(second, rows), wanted) > 0.05
 

@@ -31,7 +31,7 @@ def undisturbed_step(objective: str) -> tuple[Policy, list[Row], Stage, Policy, 
     rows_ = taught(sampled_rows(policy, groups=4), teacher)
     stage = stage_of(objective, batch_size=16, optim={"lr": 1e-3, "eps": 1e-4, "grad_clip": 0.5})
     whole = copied(policy)
-    expected = update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 48)
+    expected = update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), 48)
     assert len(packed_microbatches(rows_, 48)) >= 3
     return policy, rows_, stage, whole, expected
 
@@ -46,7 +46,7 @@ def test_optimizer_step_is_retried_on_oom_with_same_result(
     hurt = copied(policy)
     room = Room(nth=nth, error=OUT[error])
     room.patch(monkeypatch)
-    stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 48)
+    stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), 48)
     moved = furthest(weights_of(whole), weights_of(policy))
     assert furthest(weights_of(hurt), weights_of(whole)) < 1e-3 * moved
     assert stats["microbatch_tokens"] == 24 and expected["microbatch_tokens"] == 48
@@ -60,10 +60,10 @@ def test_optimizer_steps_on_batch_halve_and_keep_microbatch_on_oom(
 ) -> None:
     rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16, minibatches=2, passes=2)
     whole, hurt = copied(policy), copied(policy)
-    update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 4096)
+    update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), 4096)
     room = Room(most=60)
     room.patch(monkeypatch)
-    stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 4096)
+    stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), 4096)
     moved = furthest(weights_of(whole), weights_of(policy))
     assert furthest(weights_of(hurt), weights_of(whole)) < 2e-2 * moved and stats["updates"] == 4
     assert stats["microbatch_tokens"] <= 60
@@ -74,13 +74,13 @@ def test_optimizer_steps_on_batch_halve_and_keep_microbatch_on_oom(
 def test_oom_of_single_row_stops_without_changing_state(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16)
     optimizer = make_optimizer(policy, stage.optim)
-    update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows_, objective_of(stage), 4096)
     before, state = weights_of(policy), state_of(optimizer)
     Room(most=3).patch(monkeypatch)
     with pytest.raises(
         TrainingStoppedError, match=r"memory ran out even with 17 tokens \(the longest row alone\)"
     ) as stopped:
-        update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows_, objective_of(stage), 4096)
     assert stopped.value.exit_code == 4 and "gradient_checkpointing" in str(stopped.value)
     assert same_bits(weights_of(policy), before) and same_bits(state_of(optimizer), state)
 
@@ -94,7 +94,7 @@ def test_other_errors_are_not_treated_as_oom(policy: Policy, monkeypatch: pytest
     stage = stage_of("grpo", batch_size=8)
     Room(nth=1, error=lambda: RuntimeError("a matrix is singular")).patch(monkeypatch)
     with pytest.raises(RuntimeError, match="singular"):
-        update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), stage, 4096)
+        update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), 4096)
     assert all(is_out_of_memory(make()) for make in OUT.values())
     assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("shape"))
 
@@ -179,4 +179,4 @@ def test_optimizer_without_memory_for_its_state_stops(policy: Policy, monkeypatc
 
     monkeypatch.setattr(optimizer, "step", no_room)
     with pytest.raises(TrainingStoppedError, match="memory ran out in the optimizer's step"):
-        update(policy, optimizer, sampled_rows(policy), objective_of(stage), stage, 4096)
+        update(policy, optimizer, sampled_rows(policy), objective_of(stage), 4096)

@@ -98,7 +98,7 @@ def test_bfloat16_recipe_trains_float32_weights(qwen3_folder: Path) -> None:
     assert policy.logits(policy.hidden(ids, mask)).dtype == torch.bfloat16
     before = weights_of(policy)["model.layers.0.mlp.down_proj.weight"]
     stage = stage_of("grpo", optim={"lr": 1e-6})
-    update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), stage, 4096)
+    update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), 4096)
     after = weights_of(policy)["model.layers.0.mlp.down_proj.weight"]
     # Adam's first step has the size of the rate, 1e-6: visible in float32, nothing in bfloat16 for nearly every weight.
     assert (after - before).abs().median().item() == pytest.approx(1e-6, rel=0.2)
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_keeps_gradient(qwen3_folder: Path) -> None:
         policy = loaded(qwen3_folder, gradient_checkpointing=saving)
         stage = stage_of("sft")
         rows = sampled_rows(tiny_policy(seed=1))
-        update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), stage, 4096)
+        update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), 4096)
         grads.append({name: parameter.grad for name, parameter in policy.model.named_parameters()})
     for name, gradient in grads[0].items():
         torch.testing.assert_close(grads[1][name], gradient, rtol=1e-5, atol=1e-7)

@@ -204,9 +204,7 @@ def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path:
         )
     there = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters())
     optimizer = make_optimizer(policy, stage.optim)
-    grown = most_allocated(
-        lambda: [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(2)]
-    )
+    grown = most_allocated(lambda: [update(policy, optimizer, rows, objective_of(stage), tokens) for _ in range(2)])
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
     work = pass_bytes(policy.shape, tokens, width, models.gradient_checkpointing, cuda=False, logits=logits)

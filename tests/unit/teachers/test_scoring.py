@@ -56,7 +56,7 @@ def test_teacher_equal_to_student_gives_zero_loss_and_gradient(
     # Other microbatches than the student's, so the two forward passes are not the same to the last bit.
     mirrored = taught(rows, itself, tokens=30)
     assert largest(gradient_of(policy, mirrored, stage)) < 1e-4 * scale
-    stats = update(policy, make_optimizer(policy, stage.optim), mirrored, objective_of(stage), stage, 4096)
+    stats = update(policy, make_optimizer(policy, stage.optim), mirrored, objective_of(stage), 4096)
     assert abs(stats["loss"]) < 1e-5
     assert abs(stats["kl_student_teacher"]) < 1e-6 and abs(stats["kl_teacher_student"]) < 1e-6
 
@@ -81,9 +81,7 @@ def test_cached_teacher_equals_live_teacher(
     live, stored = gradient_of(policy, taught(rows, teacher), stage), gradient_of(policy, again, stage)
     assert furthest(stored, live) < 1e-5 * max(1.0, largest(live))
     update_of = [
-        update(copied(policy), torch.optim.SGD([torch.zeros(1)], lr=0.0), some, objective_of(stage), stage, 4096)[
-            "loss"
-        ]
+        update(copied(policy), torch.optim.SGD([torch.zeros(1)], lr=0.0), some, objective_of(stage), 4096)["loss"]
         for some in (taught(rows, teacher), again)
     ]
     assert update_of[0] == pytest.approx(update_of[1], abs=1e-5)
@@ -116,9 +114,7 @@ def test_top_k_cache_bounds_exact_divergence_from_below(tmp_path: Path, policy: 
 def test_exact_cache_of_student_itself_gives_zero_loss(tmp_path: Path, policy: Policy) -> None:
     cached(tmp_path, policy)
     stage = stage_of("forward_kl", batch_size=16)
-    stats = update(
-        copied(policy), make_optimizer(policy, stage.optim), read_cache(tmp_path), objective_of(stage), stage, 64
-    )
+    stats = update(copied(policy), make_optimizer(policy, stage.optim), read_cache(tmp_path), objective_of(stage), 64)
     assert abs(stats["loss"]) < 1e-6
     assert all(isinstance(row.teacher, Exact) for row in read_cache(tmp_path))
 

@@ -34,7 +34,7 @@ def test_checkpoint_round_trips_weights_and_optimizer_bitwise(node: NodeDir, tie
     policy, stage = tiny_policy(tied=tied), stage_of("grpo")
     optimizer, rows = make_optimizer(policy, stage.optim), sampled_rows(policy)
     for _ in range(3):
-        update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows, objective_of(stage), 4096)
     save_checkpoint(node, 3, policy.model, optimizer)
     other = tiny_policy(seed=9, tied=tied)
     restored = make_optimizer(other, stage.optim)
@@ -44,8 +44,8 @@ def test_checkpoint_round_trips_weights_and_optimizer_bitwise(node: NodeDir, tie
     assert saved.keys() == read.keys() and len(saved) == len(weights_of(policy))
     assert all(same_bits(saved[index], read[index]) and saved[index]["step"].item() == 3 for index in saved)
     # And both go on alike, to the bit.
-    update(policy, optimizer, rows, objective_of(stage), stage, 4096)
-    update(other, restored, rows, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows, objective_of(stage), 4096)
+    update(other, restored, rows, objective_of(stage), 4096)
     assert same_bits(weights_of(other), weights_of(policy))
 
 
@@ -87,7 +87,7 @@ def test_load_checkpoint_skips_damaged_one(node: NodeDir, damage: str) -> None:
     optimizer, rows, stage = make_optimizer(policy, OPD.optim), sampled_rows(policy), stage_of("sft")
     saved = {}
     for step in (1, 2):
-        update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows, objective_of(stage), 4096)
         save_checkpoint(node, step, policy.model, optimizer)
         saved[step] = weights_of(policy)
     DAMAGE[damage](node.checkpoint(2))

@@ -198,7 +198,7 @@ def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
 def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(policy: Policy, bad: float) -> None:
     rows_, stage = sampled_rows(policy), stage_of("grpo")
     optimizer = make_optimizer(policy, stage.optim)
-    update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows_, objective_of(stage), 4096)
 
     def state() -> dict[str, torch.Tensor]:
         held_ = optimizer.state_dict()["state"]
@@ -207,6 +207,6 @@ def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(policy: P
     weights, before = weights_of(policy), state()
     rows_[3] = replace(rows_[3], advantage=bad)
     with pytest.raises(TrainingStoppedError, match="not finite"):
-        update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows_, objective_of(stage), 4096)
     assert same_bits(weights_of(policy), weights) and same_bits(state(), before)
     assert before and any(value.ndim for value in before.values())

@@ -36,7 +36,7 @@ from tiny import (
 
 def run(policy: Policy, rows: list[Row], stage: Stage, steps: int = 1, tokens: int = 4096) -> list[Metrics]:
     optimizer = make_optimizer(policy, stage.optim)
-    return [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(steps)]
+    return [update(policy, optimizer, rows, objective_of(stage), tokens) for _ in range(steps)]
 
 
 def plain_logp(policy: Policy, row: Row) -> torch.Tensor:
@@ -137,10 +137,10 @@ def test_skipped_zero_gradient_rows_do_not_change_gradient(policy: Policy, mean:
 def test_batch_without_gradient_takes_no_optimizer_step(policy: Policy) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo", minibatches=2, passes=2)
     optimizer = make_optimizer(policy, stage.optim)
-    update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows, objective_of(stage), 4096)
     before = weights_of(policy)
     idle = [replace(row, advantage=0.0, zero_gradient=True) for row in rows]
-    stats = update(policy, optimizer, idle, objective_of(stage), stage, 4096)
+    stats = update(policy, optimizer, idle, objective_of(stage), 4096)
     assert same_bits(weights_of(policy), before)
     assert stats["updates"] == 0 and stats["tokens_trained"] == 0
 
@@ -194,7 +194,7 @@ def test_clipping_bounds_change_over_many_passes(policy: Policy) -> None:
         trained, stage = copied(policy), stage_of("grpo", passes=60, sparse={"kl_coef": 0.0, "clip_high": high})
         # Plain descent: with Adam, momentum would carry the weights on after the gradient has gone.
         descent = torch.optim.SGD(trained.model.parameters(), lr=0.003)
-        update(trained, descent, rows, objective_of(stage), stage, 4096)
+        update(trained, descent, rows, objective_of(stage), 4096)
         ratio = torch.exp(torch.cat(logp_of(trained, [row.rollout for row in rows], 4096)) - before)
         median[high] = ratio.median().item()
     assert 1.05 < median[0.1] < 1.3
@@ -208,12 +208,12 @@ def test_clipping_bounds_change_over_many_passes(policy: Policy) -> None:
 def test_non_finite_loss_or_gradient_stops_before_weights_change(policy: Policy, poison: str) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo")
     optimizer = make_optimizer(policy, stage.optim)
-    update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+    update(policy, optimizer, rows, objective_of(stage), 4096)
     before = weights_of(policy)
     # A loss of 1e38 is still finite in float32; the norm of its gradient is not.
     rows[3] = replace(rows[3], advantage=math.nan if poison == "loss" else 1e38)
     with pytest.raises(TrainingStoppedError, match=f"the {poison} is not finite") as stopped:
-        update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows, objective_of(stage), 4096)
     assert stopped.value.exit_code == 4
     assert same_bits(weights_of(policy), before)
 
@@ -234,7 +234,7 @@ def test_gradient_is_clipped_and_its_norm_before_clipping_reported(policy: Polic
     whole = gradient_of(policy, rows, stage_of("grpo"))
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in whole.values()))
     before = weights_of(policy)
-    stats = update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), rows, objective_of(stage), stage, 4096)
+    stats = update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), rows, objective_of(stage), 4096)
     moved = math.sqrt(sum((tensor - before[name]).square().sum().item() for name, tensor in weights_of(policy).items()))
     assert norm > 0.1
     assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -303,8 +303,7 @@ def test_opd_lowers_divergence_from_teacher(policy: Policy, teacher: Policy, div
     stage = stage_of("opd", dense={"divergence": divergence}, batch_size=32, optim={"lr": 5e-3, "grad_clip": 1.0})
     optimizer = make_optimizer(policy, stage.optim)
     seen = [
-        update(policy, optimizer, taught(fresh(policy, step), teacher), objective_of(stage), stage, 4096)
-        for step in range(20)
+        update(policy, optimizer, taught(fresh(policy, step), teacher), objective_of(stage), 4096) for step in range(20)
     ]
     for name in ("kl_student_teacher", "kl_teacher_student"):
         early, late = (sum(stats[name] for stats in part) / 3 for part in (seen[:3], seen[-3:]))
@@ -322,7 +321,7 @@ def test_forward_kl_lowers_divergence_on_unseen_teacher_rollouts(policy: Policy,
     before, optimizer = unseen(), make_optimizer(policy, stage.optim)
     for step in range(20):
         rows = taught(sampled_rows(teacher, groups=4, group_size=8, draw=step), teacher)
-        update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows, objective_of(stage), 4096)
     assert unseen() < 0.6 * before
 
 
@@ -358,6 +357,6 @@ def test_grpo_steps_raise_share_of_rewarded_rollouts() -> None:
     for step in range(20):
         rows = rewarded(fresh(policy, step), lambda row: row.rollout.completion_ids[0] % 2 == 0)  # an even first token
         share.append(sum(row.advantage > 0 for row in rows) / len(rows))
-        update(policy, optimizer, rows, objective_of(stage), stage, 4096)
+        update(policy, optimizer, rows, objective_of(stage), 4096)
     assert share[0] < 0.5
     assert sum(share[-5:]) / 5 > 0.9
