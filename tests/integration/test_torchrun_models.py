@@ -4,6 +4,7 @@ none of them holds a whole model while it loads."""
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from forked_ranks import printed_rows, run_ranks, start_ranks
+import ranks_memory
+from forked_ranks import run_ranks
 from headwater.config.lora import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
-from ranks_memory import make
 from runs import rows, tagged, tiny
 from serving import Answering, serving
 from tests.integration.test_teachers import RAW
@@ -134,12 +135,16 @@ def test_four_bit_weights_on_several_ranks_are_refused() -> None:
         )
 
 
+def memory_of_ranks(model: Path, size: int) -> list[dict[str, float]]:
+    ended = run_ranks(size, "--model", model, "--steps", "1", script=ranks_memory.__file__)
+    assert [rank.code for rank in ended] == [0] * size, ended
+    return [json.loads(rank.out) for rank in ended]
+
+
 def test_no_rank_holds_whole_model_while_loading_and_training(tmp_path: Path) -> None:
     """107 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
-    make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
-    options = ("--model", tmp_path / "model", "--steps", "1")
-    single, pair = (start_ranks("ranks_memory.py", size, *options) for size in (1, 2))
-    (alone,), two = printed_rows(single), printed_rows(pair)
+    ranks_memory.make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
+    (alone,), two = (memory_of_ranks(tmp_path / "model", size) for size in (1, 2))
     whole = alone["weights_mb"]
     assert alone["loaded_mb"] > 0.95 * whole and alone["load_peak_mb"] > 1.9 * whole
     for rank in two:

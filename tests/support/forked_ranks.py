@@ -5,11 +5,8 @@ run_ranks(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +15,15 @@ from typing import Any
 
 import forked_runs
 from forked_runs import Place, request_of, warm_runs
-from runs import environment, free_port
+from runs import free_port
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Result of one rank: exit code (negative for a signal), stderr, seconds since all ranks started."""
+    """Result of one rank: exit code (negative for a signal), stdout, stderr, seconds since all ranks started."""
 
     code: int
+    out: str
     err: str
     seconds: float
 
@@ -70,9 +68,9 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     while len(ended) < size:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
-            message = (folder / str(pids[pid]) / "err").read_text(errors="replace")
+            printed = {name: (folder / str(pids[pid]) / name).read_text(errors="replace") for name in ("out", "err")}
             code = os.waitstatus_to_exitcode(status)
-            ended[pids[pid]] = {"code": code, "err": message, "seconds": time.monotonic() - began}
+            ended[pids[pid]] = {"code": code, "seconds": time.monotonic() - began, **printed}
         for path, number in [due for due in signals if list(Path("/").glob(due[0].lstrip("/")))]:
             signals.remove([path, number])
             for running in [pid for pid, rank in pids.items() if rank not in ended]:
@@ -82,30 +80,3 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
                 os.kill(running, signal.SIGKILL)
         time.sleep(0.005)
     return [ended[rank] for rank in range(size)]
-
-
-# Ranks that must be new processes --------------------------------------------------------------------------------------
-
-
-def start_ranks(script: str, size: int, *argv: str | Path) -> list[subprocess.Popen[str]]:
-    """Start a program of this folder in the environment that torchrun would give to each of its processes."""
-    here = Path(__file__).parent
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    world["PYTHONPATH"] = os.pathsep.join([str(here), *(entry for entry in sys.path if entry)])
-    return [
-        subprocess.Popen(
-            [sys.executable, here / script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-
-
-def printed_rows(processes: list[subprocess.Popen[str]], seconds: float = 280) -> list[dict[str, Any]]:
-    """The lines of JSON that processes print before they end with exit code 0, in the order of the processes."""
-    rows = []
-    for process in processes:
-        out, err = process.communicate(timeout=seconds)
-        assert process.returncode == 0, err
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return rows

@@ -35,7 +35,8 @@ from headwater.training.groups import assign_to_ranks
 from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
-LIBC, M_MMAP_THRESHOLD = ctypes.CDLL("libc.so.6"), -3
+LIBC = ctypes.CDLL("libc.so.6")
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
 
 
 def local(tensor: Tensor) -> int:
@@ -72,9 +73,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder to use instead of making one")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    LIBC.mallopt(
-        M_MMAP_THRESHOLD, 1 << 16
-    )  # freed memory returns to the system at once: no reserve of the allocator is counted
+    # Freed memory returns to the system at once, also after `keep_freed_memory`: no reserve of the allocator is counted.
+    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    LIBC.mallopt(M_MMAP_MAX, 1 << 16)
     ranks = init_process_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(ranks.broadcast(temporary))

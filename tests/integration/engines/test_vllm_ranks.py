@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forked_ranks import printed_rows, run_ranks, start_ranks
-from runs import node, rows
+from forked_ranks import run_ranks
+from runs import environment, free_port, node, rows
 from tests.integration.test_torchrun import assert_alike, command_of
 
 HERE = importlib.util.find_spec("vllm") is not None
@@ -35,7 +38,24 @@ CHANGES = (
 
 def batches(model: str, ranks: int, size: int) -> list[dict[str, Any]]:
     """Lines of all ranks of `engine_ranks.py`."""
-    return printed_rows(start_ranks("engine_ranks.py", ranks, model, str(size)), 1500)
+    script = Path(__file__).parents[2] / "support" / "engine_ranks.py"
+    paths = os.pathsep.join([str(script.parent), *(entry for entry in sys.path if entry)])
+    world = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": paths}
+    world |= {"OMP_NUM_THREADS": 1, "TORCHDYNAMO_DISABLE": 1}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), model, str(size)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment(), **{key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}},
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    lines = []
+    for process in processes:
+        out, err = process.communicate(timeout=1500)
+        assert process.returncode == 0, err
+        lines += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return lines
 
 
 @cache
