@@ -216,12 +216,12 @@ def _problem_in_child(path: Path, size: int, texts: Sequence[str]) -> str | None
         "path": str(path), "seconds": seconds, "megabytes": megabytes, "texts": ["1", *PROBES, *texts], "sys_path": sys.path,
     }  # fmt: skip
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
-    program = [sys.executable, "-I", str(Path(__file__).with_name("tokenizer_child.py"))]
+    program = str(Path(__file__).with_name("tokenizer_child.py"))
     limits = f"takes more than {seconds} seconds or {megabytes} MiB to open and use"
     try:
         ended = subprocess.run(
-            program, input=json.dumps(setup).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-            timeout=CHILD_WALL_SECONDS + seconds, check=False,
+            [sys.executable, "-I", program], input=json.dumps(setup).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=environment, timeout=CHILD_WALL_SECONDS + seconds, check=False,
         )  # fmt: skip
         problem = json.loads(ended.stdout)["problem"] if ended.returncode == 0 else limits
     except subprocess.TimeoutExpired:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -54,8 +53,8 @@ def options(folder: Path, minutes: float) -> list[str]:
 class ForkedProgram:
     """Stands for `subprocess.Popen` of the program, whose start takes longer than these studies."""
 
-    def __init__(self, command: list[str], env: object) -> None:
-        assert command[:3] == [sys.executable, "-m", "headwater"] and env is os.environ
+    def __init__(self, command: list[str]) -> None:
+        assert command[:3] == [sys.executable, "-m", "headwater"]
         self.process = start(runs.temporary() / "process", *command[3:], whole=True, undrawn=True)
 
     def __enter__(self) -> ForkedProgram:
