@@ -43,7 +43,7 @@ def run_without_labels(
 ) -> list[Node]:
     """Run an arm's nodes with forbidden labels, apart from those that `but` chooses; the nodes that ran so.
 
-    Evaluation keeps labels of its own: a held-out problem is looked at, and counted apart.
+    Evaluation keeps labels of its own: the answer of a held-out problem is used, and counted apart.
     """
     recipe = find_recipe("pocket", [*TINY, *changes])
     with prepared(recipe, [arm], [0]) as (plan, inputs):

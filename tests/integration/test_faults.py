@@ -406,7 +406,7 @@ def test_every_file_is_damaged_in_some_test() -> None:
 
 
 @pytest.mark.parametrize("names", rounds(), ids=lambda names: names[0])
-def test_flipped_bit_is_detected_and_file_mended(names: Sequence[str], tmp_path: Path) -> None:
+def test_flipped_bit_is_detected_and_file_restored(names: Sequence[str], tmp_path: Path) -> None:
     check_damaged_files(names, "flipped", tmp_path)
 
 

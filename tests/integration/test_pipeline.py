@@ -209,7 +209,7 @@ def test_leaked_training_problem_is_excluded_with_warning(tmp_path: Path) -> Non
     result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
     assert result.code == 0
     (warning,) = [line for line in result.err.splitlines() if "data.labeled: " in line]
-    assert warning[9:].startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
+    assert warning[9:].startswith("warning evaluation-leak: data.labeled: 1 problems are also in data.evals.sums")
     assert "left out" in warning
     seen = {row["problem_id"] for row in rows(next((tmp_path / "out/nodes").glob("student_rl*/rollouts/000001.jsonl")))}
     assert problem_id(leaked) not in seen
@@ -336,9 +336,9 @@ def test_transformers_gives_log_probs_of_trained_model() -> None:
 def test_model_card_names_base_model_and_labels_used() -> None:
     out = all_arms()
     card = (node(out, "bridge", "opd") / "model/README.md").read_text(encoding="utf-8")
-    assert node(out, "bridge", "warmup").name in card and "objective `opd`" in card and "look at: 0" in card
+    assert node(out, "bridge", "warmup").name in card and "objective `opd`" in card and "may use: 0" in card
     card = (node(out, "bridge_rl", "student_rl") / "model/README.md").read_text(encoding="utf-8")
-    assert "look at: 8" in card
+    assert "may use: 8" in card
 
 
 # A folder that grows --------------------------------------------------------------------------------------------------

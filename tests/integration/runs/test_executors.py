@@ -229,7 +229,7 @@ def test_reuse_takes_equal_fingerprints_only_and_keeps_other_run_unchanged(tmp_p
     assert result.code == 0, result.err
     assert f"reuse: 4 of 5 nodes taken over: 4 from {other}\n" in result.err
     assert len(rows(node(out, "raw_teacher", "opd") / "metrics.jsonl")) == 3
-    for path, _ in infos(out):  # as if every node had to be looked at again
+    for path, _ in infos(out):  # as if every node had to run again
         (path / "DONE").unlink()
     assert tiny("run", out, "--arm", "raw_teacher", changes=changes).code == 0
     assert contents(other) == before

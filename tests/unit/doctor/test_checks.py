@@ -365,7 +365,7 @@ def test_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
     labeled = jsonl(tmp_path / "labeled.jsonl", *sums(40))
     held_out = jsonl(tmp_path / "eval.jsonl", {"problem": "12 + 13 + 11", "answer": "36"}, *sums(4, first=60))
     finding = find(light(tmp_path, from_file(labeled), from_file(held_out, "data.evals.sums")), "evaluation-leak")
-    assert "data.labeled: 1 problems also stand in data.evals.sums" in finding.evidence
+    assert "data.labeled: 1 problems are also in data.evals.sums" in finding.evidence
 
 
 def test_label_without_answer_is_refused_with_its_row(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_next_stage_continues_adapter_with_its_start_as_reference(qwen3_folder: 
     update(second, optimizer, sampled_rows(second, draw=4), objective_of(GRPO), 4096)
     assert furthest_apart(scores(second.reference(), rows), scores(first, rows)) < 1e-5
     assert furthest_apart(scores(second, rows), scores(first, rows)) > 0.1
-    # What it leaves behind stands on the first base and is no larger than the first adapter.
+    # What it leaves behind depends on the first base and is no larger than the first adapter.
     save_policy(second, tmp_path / "second", torch.float32)
     assert load_json(tmp_path / "second" / "adapter_config.json")["base_model_name_or_path"] == str(qwen3_folder)
     shapes = [

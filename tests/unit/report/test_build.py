@@ -58,7 +58,7 @@ def test_costs_sum_all_nodes_and_keep_evaluation_apart(fake_report: dict[str, An
     }
     assert bridge["flops"] == 3 * 12 * 1.5e9 + 2e9
     assert bridge["seconds"] == 3 * 12 * 0.5 + 3.25
-    # Steps 1..12 look at 8 each of 128, from 8·step on: 96 different ones. Of 64, all 64.
+    # Steps 1..12 use 8 each of 128, from 8·step on: 96 different ones. Of 64, all 64.
     assert bridge["labels"] == {"distinct": 96, "checks": 768}
     assert fake_report["arms"]["bridge_rl"]["labels"] == {"distinct": 128, "checks": 1536}
     assert fake_report["arms"]["replay"]["labels"] == {"distinct": 64, "checks": 1536}

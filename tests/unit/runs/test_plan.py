@@ -264,7 +264,7 @@ def test_global_settings_change_every_node(change: str) -> None:
 
 def test_evaluation_settings_change_evaluated_nodes_but_not_cache_inputs() -> None:
     before, after = prints(plan_of()), prints(plan_of("evaluate.samples=9"))
-    assert {name for name in before if before[name] != after[name]} == ALL  # the cache stands on the evaluated teacher
+    assert {name for name in before if before[name] != after[name]} == ALL  # the cache depends on the evaluated teacher
     raw = [prints(plan_of(*changes), "raw_teacher") for changes in ((), ("evaluate.samples=9",))]
     assert {name for name in raw[0] if raw[0][name] != raw[1][name]} == {"warmup", "opd"}
 

@@ -158,8 +158,8 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
     assert guard(*rows_[:1]) is None and guard(*rows_[:2]) is None
     message = str(guard(*rows_))
     assert message == (
-        "no informative group in 3 steps, so reward gives no gradient: 100 % of the completions were wrong; 12 labels were looked "
-        "at, and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model, a lower "
+        "no informative group in 3 steps, so reward gives no gradient: 100 % of the completions were wrong; 12 labels were used, "
+        "and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model, a lower "
         "stages.teacher_rl.sampling.temperature or a larger stages.teacher_rl.group_size "
         "(or set guards.no_signal=continue to train on all the same)"
     )

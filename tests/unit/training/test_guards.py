@@ -79,7 +79,7 @@ def sounded(folder: Path, guards: Any, given: Steps) -> list[tuple[int, str, flo
         ("kl_explosion", 1.0, {"kl_student_teacher": [0.0] * 4, "kl_teacher_student": [0, 0, 0, 4]}, [(4, 2.0)]),
         # Means 0.525, 0.09, 0.03: at or below 0.1 from step 3 on.
         ("teacher_uniform", 0.1, {"teacher_contrast": [0.9, 0.15, 0.03, 0.03]}, [(3, 0.09)]),
-        # Medians 0.1 and 1.1 at step 4: 1.0 / (0 + 0.05). Rollouts from a cache, without a sampler_gap, are not looked at.
+        # Medians 0.1 and 1.1 at step 4: 1.0 / (0 + 0.05). Rollouts from a cache, without a sampler_gap, are skipped.
         ("teacher_jump", 10.0, {"kl_student_teacher": [0.1, 0.1, 0.1, 2.1], "sampler_gap": [0.0] * 4}, [(4, 20.0)]),
         ("teacher_jump", 10.0, {"kl_student_teacher": [0.1, 0.1, 0.1, 2.1]}, []),
         ("teacher_jump", 10.0, {"kl_student_teacher": [3.0, 2.0, 1.0, 0.5, 0.3], "sampler_gap": [0.0] * 5}, []),
