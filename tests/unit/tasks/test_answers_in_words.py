@@ -156,10 +156,10 @@ def test_conclusion_is_last_complete_sentence_only() -> None:
     assert concluded_value("Therefore, the total is 7") is None  # may be cut off before further digits
     assert concluded_value("Therefore, the total is 7. Then we add 3.") is None
     assert numeric.grade("7", "Therefore, the total is 7.") == (True, "equal")
-    started = time.perf_counter()
+    started = time.process_time()
     for piece in ("so ", "Therefore, ", "is ", "so the total is ", "$ ", ". So ", "\n"):
         concluded_value(piece * 20_000 + "is 7.")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(

@@ -184,10 +184,10 @@ def test_countdown_correct_equals_python_sum(completion: str, gold: str) -> None
     ids=range(12),
 )
 def test_countdown_grades_hostile_text_wrong_at_once(hostile: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert grade("50,46,24=28", hostile)[0] is False and parse_terms(hostile) is None
     assert TASKS["countdown"].extract(hostile) is None  # type: ignore[misc]
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 def test_countdown_validate_accepts_generated_and_lists_unsolvable(tmp_path: Path) -> None:

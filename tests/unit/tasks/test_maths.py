@@ -160,9 +160,9 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("kind", DEGENERATE)
 def test_maths_degenerate_text_is_settled_in_parent_at_once(kind: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     maths.quick("42", DEGENERATE[kind])
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 # Properties -----------------------------------------------------------------------------------------------------------

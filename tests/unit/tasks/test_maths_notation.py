@@ -120,9 +120,9 @@ def test_brace_arguments_only_adds_braces(pieces: list[str]) -> None:
     [r"\sqrt" * 3000, r"\frac" * 3000, "^" * 15_000, "{" * 7000 + "}" * 7000, r"\sqrt[" * 2500, r"\sqrt(" * 2500],
 )
 def test_brace_arguments_is_fast_on_degenerate_text(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     canonical(text)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 # Announcements --------------------------------------------------------------------------------------------------------

@@ -120,6 +120,6 @@ def _every_problem(modulus: int, counts: tuple[int, ...]) -> list[str]:
     ids=range(11),
 )
 def test_sums_grade_hostile_text_wrong_at_once(hostile: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert grade("47", hostile) in {(False, "no_answer"), (False, "different")}
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0

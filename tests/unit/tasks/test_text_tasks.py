@@ -170,10 +170,10 @@ def test_hostile_texts_are_graded_in_time_in_process() -> None:
     ]
     for name in ("exact", "numeric", "choice", "json"):
         for text in hostile:
-            started = time.perf_counter()
+            started = time.process_time()
             correct, _ = TASKS[name].grade({"numeric": "5", "json": '{"a": 1}'}.get(name, "B"), text)
             assert not correct
-            assert time.perf_counter() - started < 2.0, (name, text[:10])
+            assert time.process_time() - started < 2.0, (name, text[:10])
 
 
 def test_extract_returns_one_spelling_for_votes() -> None:

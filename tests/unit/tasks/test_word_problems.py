@@ -464,6 +464,6 @@ def test_last_stated_answer_counts_and_unit_may_follow() -> None:
     ids=range(9),
 )
 def test_hostile_text_is_graded_wrong_at_once(hostile: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert grade("47", hostile) in {(False, "no_answer"), (False, "different")}
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0
