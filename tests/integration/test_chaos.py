@@ -102,5 +102,6 @@ def test_study_with_workers_killed_at_random_times_resumes_bit_for_bit(tmp_path:
             kills += process.wait() == KILLED
     assert subprocess.run(command, env=environment(), capture_output=True, timeout=900).returncode == 0 and kills
     report.write(alone)  # a forked run draws no page and no figures
-    # Preflight ran only in `out`; the recipe on disk holds the number of workers, and the page holds times.
-    assert set(differing(out, alone)) <= {"recipe.json", "report.html", "env.json"}
+    # Preflight ran only in `out`; the recipe on disk holds the number of workers; the page and two figures hold times.
+    with_times = {f"figures/{name}.{kind}" for name in ("seconds", "timeline") for kind in ("csv", "svg")}
+    assert set(differing(out, alone)) <= {"recipe.json", "report.html", "env.json", "preflight.json"} | with_times
