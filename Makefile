@@ -14,11 +14,11 @@ PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 test: .venv/installed-test
 	$(PY) -m pytest $(PARALLEL)
 
-# Under 90 seconds on two cores: single functions and models, no run of the whole program.
+# Single functions and models, no run of the whole program.
 test-unit: .venv/installed-test
 	$(PY) -m pytest $(PARALLEL) tests/unit
 
-# Under 6 minutes on two cores: the whole program, with kills, faults and several processes.
+# The whole program, with kills, faults and several processes.
 test-integration: .venv/installed-test
 	$(PY) -m pytest $(PARALLEL) tests/integration
 

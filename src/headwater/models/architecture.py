@@ -40,7 +40,7 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
     for architecture in getattr(config, "architectures", None) or ():
         if CLASSIFIERS.search(str(architecture)):
             raise UnsupportedModelError(
-                f"{field}: {name} is no language model (its config.json names {architecture:.80}); name a model whose architectures "
+                f"{field}: {name} is no language model (its config.json names {architecture!s:.80}); name a model whose architectures "
                 "are …ForCausalLM"
             )
     kind = config.model_type

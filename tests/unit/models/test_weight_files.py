@@ -125,6 +125,12 @@ def test_classifier_is_refused_by_class_before_reading_weights(kind: str, tmp_pa
         _ = opened(folder).config
 
 
+def test_architecture_of_other_type_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    folder = with_config(tiny_folder(tmp_path / "m"), architectures=[["Qwen3ForSequenceClassification"]])
+    with pytest.raises(UserError, match=r"is no language model \(its config\.json names \['Qwen3ForSeq"):
+        _ = opened(folder).config
+
+
 HARMLESS: dict[str, tuple[str, dict[str, Any], Weights]] = {
     "rotary frequencies": ("llama", {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
     "masks of GPT-2": (
