@@ -9,7 +9,7 @@ import torch
 
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Gain
+from headwater.losses.distributions import Distributions, Gain, concatenate
 from headwater.losses.materialized import Exact, TopK
 from headwater.training.update import Metrics
 
@@ -25,29 +25,30 @@ def contrast_metrics(rows: Sequence[Row], vocabulary: int, ranks: ProcessGroup) 
     """
     spread = range(0, len(rows), max(1, len(rows) // TOKENS))[:TOKENS]
     chosen = [(rows[index], index * 31 % rows[index].tokens) for index in spread]
-    own = [(row.teacher, place) for row, place in chosen if row.local and row.teacher is not None]
-    values = [contrast(teacher.rows(place, place + 1), vocabulary) for teacher, place in own]
-    known = [value for value in values if value is not None]
+    own = [row.teacher.rows(place, place + 1) for row, place in chosen if row.local and row.teacher is not None]
+    # As one value: one pass over the output head's weights, rather than one for each token.
+    known = contrast(concatenate(own, None), vocabulary) if own else []
     sums = ranks.all_reduce_sum({"sum": sum(known), "count": float(len(known))})
     return {"teacher_contrast": sums["sum"] / sums["count"]} if sums["count"] else {}
 
 
 @torch.no_grad()
-def contrast(distribution: Distributions, vocabulary: int) -> float | None:
-    """Mean of min(1, |log p + ln V| / ln V) over the tokens whose log-probs one distribution holds; None if it holds none.
+def contrast(distributions: Distributions, vocabulary: int) -> list[float]:
+    """Mean of min(1, |log p + ln V| / ln V) over the tokens whose log-probs each row holds; nothing for a row that holds none.
 
     It is 0 for a uniform distribution, also where only its top k are known, or tokens that another model chose; a mean log-prob
     or an entropy could be near that of a uniform distribution by chance.
 
     Example: V = 4 and (½, ½, 0, 0): |−ln 2 + ln 4| / ln 4 = ½, and 1 where log p is −∞: ¾.
     """
-    known = distribution.materialize()
+    known = distributions.materialize()
     known = known.teacher if isinstance(known, Gain) else known
     if isinstance(known, Exact):
-        logp_E = known.logp_NV[0]
+        rows = list(known.logp_NV)
     elif isinstance(known, TopK) and known.group_V is None:
-        logp_E = known.logp_NK[0] if known.count_N is None else known.logp_NK[0, : int(known.count_N[0])]
+        counts = [known.ids_NK.shape[1]] * len(known) if known.count_N is None else known.count_N.tolist()
+        rows = [logp_K[:count] for logp_K, count in zip(known.logp_NK, counts, strict=True) if count]
     else:
-        return None
+        return []
     uniform = math.log(max(2, vocabulary))
-    return float(((logp_E.float() + uniform).abs() / uniform).clamp_max(1.0).mean()) if len(logp_E) else None
+    return [float(((logp_E.float() + uniform).abs() / uniform).clamp_max(1.0).mean()) for logp_E in rows]
