@@ -13,8 +13,9 @@ from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node import Node
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.runs.run_node import run_node
 from headwater.runs.setup import prepared
 from headwater.storage.run_dir import RunDir

@@ -157,11 +157,11 @@ def test_pure_folders_import_no_files_and_no_models() -> None:
         assert outside <= usual | library, name
 
 
-def test_report_imports_only_plan_and_sweep_from_runs() -> None:
+def test_report_imports_only_nodes_plan_and_sweep_from_runs() -> None:
     for name in MODULES:
         if folder(name) == "report":
             from_runs = {module for module in own(MODULES[name]) if folder(module).startswith("runs")}
-            assert from_runs <= {"runs.plan", "runs.sweep"}, name
+            assert from_runs <= {"runs.node", "runs.plan", "runs.sweep"}, name
 
 
 LIGHT = (

@@ -21,7 +21,8 @@ from headwater.models.prompts import Prompter, with_context
 from headwater.models.shape import Shape
 from headwater.runs.estimate import model_shapes
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, base_of, last_node, make_plan
+from headwater.runs.node import CacheNode, Node, Role, StageNode, TrainNode, base_of
+from headwater.runs.plan import Plan, last_node, make_plan
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
@@ -89,24 +90,24 @@ class DoctorContext:
 
     @property
     @read_once("plan")
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[StageNode]:
         """Every node of the arms, from the recipe alone; seeds differ in nothing that is checked."""
         arms = (arm_of(arm, self.recipe) for arm in self.arms)
-        return list(dict.fromkeys(n for arm in arms for n in last_node(arm, self.recipe, self.seeds[0]).ancestry()))
+        every = (node for arm in arms for node in last_node(arm, self.recipe, self.seeds[0]).ancestry())
+        return list(dict.fromkeys(node for node in every if isinstance(node, StageNode)))
 
     @property
-    def training(self) -> list[tuple[Node, Stage]]:
+    def training(self) -> list[tuple[TrainNode, Stage]]:
         """The nodes that train, each with its stage's settings."""
-        return [(node, node.settings) for node in self.nodes if node.kind == "train" and node.settings is not None]
+        return [(node, node.settings) for node in self.nodes if isinstance(node, TrainNode)]
 
     def recipe_stage(self, node: Node) -> str:
         """The stage of the recipe that holds a node's settings: of a cache that of its reader; `sft` may take the warm-up's."""
-        stage = next((reader.stage for reader in self.nodes if reader.cache == node), node.stage)
+        stage = next((reader.stage for reader, _ in self.training if reader.cache == node), node.stage)
         return "warmup" if stage == "sft" and self.recipe.stages.sft is None else stage
 
-    def steps(self, node: Node) -> int:
+    def steps(self, node: TrainNode) -> int:
         """Steps of a node that trains, without an adjustment to equal compute."""
-        assert node.pool is not None and node.settings is not None
         return self.inputs.steps(node.pool, node.settings)
 
     @property
@@ -149,7 +150,7 @@ class DoctorContext:
         return [name.removeprefix("models.") for name, where in named.items() if is_served(where)]
 
     @property
-    def _supervised(self) -> Iterator[tuple[Node, Stage, Role]]:
+    def _supervised(self) -> Iterator[tuple[TrainNode, Stage, Role]]:
         """The nodes that train with a teacher, their settings, and the base model of that teacher."""
         for node, stage in self.training:
             teacher = node.teacher if node.cache is None else node.cache.start
@@ -238,7 +239,7 @@ class DoctorContext:
     def sample(self, role: str) -> Sample:
         """A few completions on labelled problems, else on prompts, at the temperature of the stage that samples it the longest."""
         base = role.partition(".")[0]
-        stages = [node.settings for node in self.nodes if node.settings is not None and _sampled_model(node) == base]
+        stages = [node.settings for node in self.nodes if _sampled_model(node) == base]
         sampling = max(stages, key=lambda stage: stage.sampling.max_tokens).sampling
         policy, inputs = self.policy(role, frozen=role != "student"), self.inputs
         slow = inputs.device.type == "cpu" and sum(p.numel() for p in policy.model.parameters()) > LARGE_PARAMETERS
@@ -263,7 +264,6 @@ class DoctorContext:
         return [role for role in self.roles if role.partition(".")[0] in used]
 
 
-def _sampled_model(node: Node) -> Role | None:
+def _sampled_model(node: StageNode) -> Role | None:
     """The base model that a node samples: its own policy on-policy, its teacher when it makes a cache."""
-    on_policy = node.kind == "train" and node.settings is not None and node.settings.on_policy
-    return base_of(node.start) if on_policy or node.kind == "rollouts" else None
+    return base_of(node.start) if node.settings.on_policy or isinstance(node, CacheNode) else None

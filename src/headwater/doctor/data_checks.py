@@ -166,7 +166,6 @@ def pool_sizes(context: DoctorContext) -> Iterator[Finding]:
     """Every stage's pool must hold the problems of one step."""
     inputs = context.inputs
     for node, stage in context.training:
-        assert node.pool is not None
         pool, needed = len(inputs.prompts(node.pool, stage)), stage.prompts_per_step if stage.on_policy else 1
         if pool < needed:
             yield error(

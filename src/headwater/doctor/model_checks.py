@@ -12,7 +12,7 @@ from headwater.errors import UserError
 from headwater.models.adapter_coverage import coverage
 from headwater.models.prompts import turn_end
 from headwater.models.tokenizer import refuse_different_tokens
-from headwater.runs.plan import base_of
+from headwater.runs.node import base_of
 from headwater.runs.read_once import InputError
 
 MIN_SHARE = 0.9

@@ -18,7 +18,7 @@ from headwater.models.adapter_size import adapter_size
 from headwater.models.shape import Shape
 from headwater.runs.estimate import Estimator
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, base_of
+from headwater.runs.node import CacheNode, TrainNode, base_of
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
 from headwater.training.checkpoint import KEPT
 
@@ -116,13 +116,14 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
     models = next_checkpoint = caches = 0.0
     for node in context.pending:
         shape = shapes.get(base_of(node.start), shapes["student"])  # served teachers have the student's vocabulary
-        if node.kind == "train":
+        if isinstance(node, TrainNode):
             model, checkpoint, kept = stage_files(node, inputs, shape)
             stays = inputs.recipe.compute.keep_checkpoints
             models += model + (kept * checkpoint if stays else 0)
             # Written in addition to the kept ones, which a stage that is done removes unless they stay.
             next_checkpoint = max(next_checkpoint, checkpoint if stays else (kept + 1) * checkpoint)
-        elif node.kind == "rollouts" and (stage := node.settings) is not None:
+        elif isinstance(node, CacheNode):
+            stage = node.settings
             tokens = context.plan.cached_rollouts(node) * stage.sampling.max_tokens
             top_k, exact = stage.dense.top_k, tokens * shape.vocabulary * 4
             caches += exact if top_k is None else 6 * tokens * min(top_k, shape.vocabulary)
@@ -154,7 +155,7 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
         yield warning("disk-tight", evidence, remedy)
 
 
-def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, float, int]:
+def stage_files(node: TrainNode, inputs: RunInputs, shape: Shape) -> tuple[float, float, int]:
     """(bytes of the model that a stage saves, bytes of one of its checkpoints, checkpoints that stay).
 
     A checkpoint holds what trains, as float32 with two moments: all weights, or the adapter. The model is saved in the compute
@@ -166,9 +167,7 @@ def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, flo
     model = float(shape.parameters * (2 if recipe.models.dtype == "bfloat16" else 4))
     if lora is not None and lora.output == "adapter":
         model = 4.0 * adapter
-    kept = 1
-    if stage is not None and node.pool is not None and 0 < stage.checkpoint_every < inputs.steps(node.pool, stage):
-        kept = KEPT
+    kept = KEPT if 0 < stage.checkpoint_every < inputs.steps(node.pool, stage) else 1
     return model, 12.0 * (shape.parameters if lora is None else adapter), kept
 
 

@@ -13,7 +13,7 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, note, warning
 from headwater.doctor.weight_checks import SELF_KL, scored_rollouts, self_kl
 from headwater.errors import UserError
-from headwater.runs.plan import Node, scorers, supervisor
+from headwater.runs.node import Node
 from headwater.storage.files import read_json
 from headwater.storage.run_dir import RunDir
 from headwater.tasks.outcomes import REMEDIES
@@ -129,7 +129,7 @@ def own_start(context: DoctorContext) -> Iterator[Finding]:
     if context.recipe.prompt.teacher is not None:
         return
     for node, stage in context.training:
-        if not stage.needs_labels and set(scorers(node)) == {node.start}:
+        if not stage.needs_labels and set(node.scorers()) == {node.start}:
             yield warning(
                 "start-teaches-nothing",
                 f"stages.{node.stage}.dense.teacher_weights: the only teacher is the student as the stage begins, and it reads the "
@@ -143,5 +143,5 @@ def untrained_distillations(context: DoctorContext) -> str:
 
     Example: `warmup (40 steps) and opd (80 steps)`.
     """
-    steps = {node.stage: context.steps(node) for node, _ in context.training if supervisor(node) == "teacher"}
+    steps = {node.stage: context.steps(node) for node, _ in context.training if node.supervisor == "teacher"}
     return " and ".join(f"{stage} ({count} step{'s' if count != 1 else ''})" for stage, count in steps.items())

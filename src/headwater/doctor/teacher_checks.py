@@ -15,7 +15,7 @@ from headwater.doctor.model_checks import compared_texts
 from headwater.doctor.weight_checks import mean_gap
 from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
-from headwater.runs.plan import Node
+from headwater.runs.node import StageNode, TrainNode
 from headwater.runs.read_once import InputError
 from headwater.runs.translated_teacher import token_bytes, token_pair
 from headwater.teachers.build import top_k_of
@@ -50,21 +50,25 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
         return
     form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
     for node in context.nodes:
-        if node.kind == "train" and node.start == "teacher":
+        if isinstance(node, TrainNode) and node.start == "teacher":
             yield cannot_run(
                 f"models.teacher: is {form}, which is not trained here, and stage {node.stage} of this arm would; choose arms that "
                 "do not train the teacher (raw_teacher), or name one folder",
             )
-        if servers and node.settings is not None and "teacher" in (node.teacher, node.start):
+        if servers and _queries_base_teacher(node):
             for field, reason in _server_limits(node, node.settings):
                 yield cannot_run(
                     f"stages.{context.recipe_stage(node)}.{field}: models.teacher is a server ({servers[0]}), {reason}"
                 )
 
 
-def _server_limits(node: Node, stage: Stage) -> Iterator[tuple[str, str]]:
+def _queries_base_teacher(node: StageNode) -> bool:
+    return node.start == "teacher" or (isinstance(node, TrainNode) and node.teacher == "teacher")
+
+
+def _server_limits(node: StageNode, stage: Stage) -> Iterator[tuple[str, str]]:
     """(field of the stage, why a server cannot do what it asks for)."""
-    scores = node.kind == "train" or "teacher" in stage.signals
+    scores = isinstance(node, TrainNode) or "teacher" in stage.signals
     if scores and stage.dense.divergence == "uld":
         yield "dense.divergence", "and uld sorts whole distributions; take another divergence, or name a folder"
     elif scores and stage.dense.exact and stage.dense.top_k is None:
@@ -207,7 +211,7 @@ def served_teacher(context: DoctorContext, role: str, top_k: int) -> ServedTeach
 def servers(context: DoctorContext) -> Iterator[Finding]:
     """A server must take the longest sequence, and score a few tokens as each stage would."""
     inputs = context.inputs
-    stages = [n.settings for n in context.nodes if n.settings is not None and "teacher" in (n.teacher, n.start)]
+    stages = [node.settings for node in context.nodes if _queries_base_teacher(node)]
     for role in context.served_teachers:
         longest = inputs.server(role).max_tokens
         if longest is not None and stages and context.prompt_lengths:

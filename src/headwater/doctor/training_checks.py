@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from headwater.config.learning_rates import RATES, judge_rate, signal_of, suggested_rate
 from headwater.doctor.context import DoctorContext, Sample
 from headwater.doctor.finding import Finding, error, note, warning
-from headwater.runs.plan import base_of
+from headwater.runs.node import base_of
 from headwater.sampling.base import requests_for
 from headwater.types import Rollout
 

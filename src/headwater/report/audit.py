@@ -21,7 +21,8 @@ from headwater.errors import UserError
 from headwater.report.format import shortened
 from headwater.report.label_use import labels_shown
 from headwater.report.study import Node, require_run
-from headwater.runs.plan import Node as PlannedNode
+from headwater.runs.node import CacheNode, EvaluateNode, StageNode, TrainNode
+from headwater.runs.node import Node as PlannedNode
 from headwater.runs.plan import last_node
 from headwater.storage.files import read_json, read_jsonl
 from headwater.storage.run_dir import RunDir
@@ -141,7 +142,7 @@ def _read_node(out: RunDir, name: str, faults: list[str]) -> Node:
 def planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
     """The nodes that the recipe gives an arm, parents first; empty for an unknown arm."""
     if arm in BASE_ROLES:
-        return [PlannedNode("evaluate", arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
+        return [EvaluateNode(arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
     known = arm in ARMS or arm == OWN_STAGES
     return list(last_node(arm_of(arm, recipe), recipe, seed).lineage()) if known else []
 
@@ -181,14 +182,14 @@ def nodes_as_planned(files: RunFiles) -> Counted:
             continue
         started += 1
         expected = {key: getattr(planned, key) for key in ("kind", "stage", "role", "seed")}
-        expected["settings"] = None if planned.settings is None else planned.settings.model_dump(mode="json")
+        expected["settings"] = planned.settings.model_dump(mode="json") if isinstance(planned, StageNode) else None
         info = dict(node.info)
-        if planned.kind == "rollouts":  # several stages read it: node.json has the settings of the last one
+        if isinstance(planned, CacheNode):  # several stages read it: node.json has the settings of the last one
             info["settings"], expected["settings"] = (_sampled(row.get("settings")) for row in (info, expected))
         wrong = [key for key in expected if info.get(key) != expected[key]]
         faults += [f"{node.name}: {key} is not what the recipe says" for key in wrong]
         labels = node.info.get("labels")
-        if planned.kind == "train" and (labels is None or labels["pool"] != planned.pool):
+        if isinstance(planned, TrainNode) and (labels is None or labels["pool"] != planned.pool):
             faults.append(f"{node.name}: its labels are not of the pool that the recipe says ({planned.pool})")
         if node.done:
             done += 1
@@ -204,9 +205,9 @@ def halves_apart(files: RunFiles) -> Counted:
     uses = 0
     by_half: tuple[set[str], set[str]] = (set(), set())
     for node, planned in files.nodes.values():
-        half = HALVES.get(planned.pool or "")
-        if half is None:
+        if not isinstance(planned, StageNode) or planned.pool not in HALVES:
             continue
+        half = HALVES[planned.pool]
         graded = {row["problem_id"] for rows in node.rollouts.values() for row in rows if "correct" in row}
         labels = node.labels_used | graded
         uses += len(labels)
@@ -215,8 +216,7 @@ def halves_apart(files: RunFiles) -> Counted:
         if wrong_labels:
             faults.append(f"{node.name}: used labels of the other half ({_few(wrong_labels)})")
         wrong_prompts = {problem for problem in _problems_sampled(node) if half_of(problem) != half} - wrong_labels
-        every = planned.settings is not None and planned.settings.prompts == "every"
-        if wrong_prompts and files.recipe.data.unlabeled is None and not every:
+        if wrong_prompts and files.recipe.data.unlabeled is None and planned.settings.prompts != "every":
             faults.append(f"{node.name}: sampled on problems of the other half ({_few(wrong_prompts)})")
     both = by_half[0] & by_half[1]
     if both:
@@ -229,13 +229,13 @@ def dense_without_labels(files: RunFiles) -> Counted:
     faults, nodes, rollouts, uses_shown = [], 0, 0, 0
     privileged = files.recipe.prompt.teacher is not None and files.recipe.prompt.teacher.privileged is not None
     for node, planned in files.nodes.values():
-        if planned.kind == "train" and planned.settings is not None and planned.settings.needs_labels:
+        if isinstance(planned, TrainNode) and planned.settings.needs_labels:
             continue
         nodes += 1
         ledger_rows = [row for row in node.ledger_rows if row["purpose"] in ("train", "measure")]
         checks = sum(row["checks"] for row in ledger_rows)
         labels = {label for row in ledger_rows for label in row["labels"]}
-        shown = labels_shown(node.rollouts) if planned.kind == "train" else _problems_sampled(node)
+        shown = labels_shown(node.rollouts) if isinstance(planned, TrainNode) else _problems_sampled(node)
         uses_shown += len(labels & shown) if privileged else 0
         if (labels - shown if privileged else labels) or checks:
             faults.append(f"{node.name}: its ledger has {len(labels)} labels and {checks} checks")
@@ -280,10 +280,10 @@ def ledger_agrees(files: RunFiles) -> Counted:
     faults: list[str] = []
     steps = graded = 0
     for node, planned in files.nodes.values():
-        if planned.kind == "train":
+        if isinstance(planned, TrainNode):
             steps += len(node.train_rows)
             faults += _step_faults(node, planned)
-        elif planned.kind == "rollouts" and node.train_rows:
+        elif isinstance(planned, CacheNode) and node.train_rows:
             tokens = sum(len(row["completion_ids"]) for row in node.rollouts.get(0, []))
             if sum(row["tokens_sampled"] for row in node.train_rows) != tokens:
                 faults.append(f"{node.name}: the ledger's tokens are not those of the cache")
@@ -293,7 +293,7 @@ def ledger_agrees(files: RunFiles) -> Counted:
     return f"{steps} training steps and {graded} graded evaluation texts recounted", faults
 
 
-def _step_faults(node: Node, planned: PlannedNode) -> Iterator[str]:
+def _step_faults(node: Node, planned: TrainNode) -> Iterator[str]:
     """Each step must be in the ledger once, with the labels, checks and tokens of its rollouts."""
     steps = [row["step"] for row in node.train_rows]
     if steps != list(range(1, len(steps) + 1)):
@@ -305,7 +305,7 @@ def _step_faults(node: Node, planned: PlannedNode) -> Iterator[str]:
         yield f"{node.name}: {len(steps)} steps in the ledger, {len(metrics)} in metrics.jsonl"
     settings = planned.settings
     # Dynamic sampling charges the ledger for groups that it discards, so the ledger may then have more than the rollouts.
-    exact = settings is not None and settings.sparse.dynamic_sampling == 0
+    exact = settings.sparse.dynamic_sampling == 0
     for row in node.train_rows:
         where = f"{node.name}, step {row['step']}"
         rollouts = node.rollouts.get(row["step"], [])
@@ -316,7 +316,7 @@ def _step_faults(node: Node, planned: PlannedNode) -> Iterator[str]:
         if not (row["checks"] == len(graded) if exact else row["checks"] >= len(graded)):
             yield f"{where}: {row['checks']} checks in the ledger, {len(graded)} verdicts"
         sampled, tokens = row["tokens_sampled"], sum(rollout["tokens"] for rollout in rollouts)
-        if settings is not None and settings.on_policy and not (sampled == tokens if exact else sampled >= tokens):
+        if settings.on_policy and not (sampled == tokens if exact else sampled >= tokens):
             yield f"{where}: {sampled} tokens in the ledger, {tokens} in the rollouts"
         trained = metrics.get(row["step"], {}).get("tokens_trained")
         if trained != row["tokens_trained"]:
@@ -338,7 +338,7 @@ def _charged_evaluations(node: Node, planned: PlannedNode, recipe: Recipe) -> It
             counts[row["step"]] = index + 1
             charged[row["step"], names[index] if index < len(names) else f"evaluation {index + 1}"] = row
     for when, name, rows in _evaluations(node):
-        step = (last if planned.kind == "train" else 0) if when == "final" else int(when.removeprefix("step-"))
+        step = (last if isinstance(planned, TrainNode) else 0) if when == "final" else int(when.removeprefix("step-"))
         yield when, name, charged.pop((step, name), None), rows
     for (step, name), row in charged.items():
         yield f"step {step}", name, row, []

@@ -26,7 +26,8 @@ from headwater.report.format import duration, plain_table
 from headwater.report.render import clean
 from headwater.report.stages import stage_name
 from headwater.report.study import Node, finite_values, is_finite_number
-from headwater.runs.plan import Node as PlannedNode
+from headwater.runs.node import Node as PlannedNode
+from headwater.runs.node import StageNode, TrainNode
 from headwater.storage.files import is_locked, read_json, read_jsonl
 from headwater.storage.node_dir import NodeDir
 from headwater.storage.run_dir import RunDir
@@ -137,9 +138,9 @@ def _planned_nodes(run: RunDir, arms: Mapping[str, Mapping[str, Sequence[str]]])
 
 def _pool(node: PlannedNode | None) -> str:
     """What a node trains on or samples from. Example: `all labels` for RL, `all prompts` for OPD, `first half`."""
-    if node is None or node.pool is None or node.settings is None:
+    if not isinstance(node, StageNode):
         return ""
-    labels = node.settings.needs_labels and node.kind == "train"
+    labels = node.settings.needs_labels and isinstance(node, TrainNode)
     return {"all": "all labels" if labels else "all prompts"}.get(node.pool, node.pool.replace("_", " "))
 
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from headwater.runs.node import CacheNode
 from headwater.runs.node_context import NodeContext, after_step
-from headwater.runs.plan import Node
 from headwater.sampling.base import Request, requests_for
 from headwater.storage import fault_points
 from headwater.storage.files import atomic_folder, keep_rows
@@ -19,13 +19,12 @@ from headwater.training.rollouts import epoch_order
 from headwater.types import Rollout
 
 
-def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
+def cache_node(node: CacheNode, context: NodeContext) -> dict[str, Any]:
     """Fill the teacher cache that one or several stages read, with as many rollouts as they read.
 
     Rollouts of an earlier, finished cache are kept, for instance where an arm that was added later reads more of them, or reads
     distributions that were removed after their last use. Returns, for DONE, `scored`: the number of rollouts with distributions.
     """
-    assert node.settings is not None and node.pool is not None
     started, settings, folder = time.perf_counter(), node.settings, context.node_dir(node)
     kept = kept_rollouts(node, context)
     teacher = context.teacher(node.start, node)
@@ -78,7 +77,7 @@ def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
     return {"scored": len(scored)}
 
 
-def kept_rollouts(node: Node, context: NodeContext) -> list[Rollout]:
+def kept_rollouts(node: CacheNode, context: NodeContext) -> list[Rollout]:
     """The rollouts of the finished and intact cache that the run directory holds; without one, delete what is left of it."""
     folder = context.out.node(context.plan.names[node])
     done = folder.is_done(context.plan.fingerprints[node]) and folder.damage(f"{folder.cache.name}/") is None
@@ -88,9 +87,8 @@ def kept_rollouts(node: Node, context: NodeContext) -> list[Rollout]:
     return []
 
 
-def missing_requests(node: Node, context: NodeContext, teacher: Supervisor, kept: list[Rollout]) -> list[Request]:
+def missing_requests(node: CacheNode, context: NodeContext, teacher: Supervisor, kept: list[Rollout]) -> list[Request]:
     """Requests for the rollouts that the plan's stages read and the cache does not hold, in the order of the prompts."""
-    assert node.settings is not None and node.pool is not None
     prompter, inputs = context.prompter(node, teacher), context.inputs
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in inputs.prompts(node.pool, node.settings)]
     requests = requests_for(prompts, node.settings.group_size, 0, node.seed, node.stage)

@@ -22,8 +22,9 @@ from headwater.runs.memory_estimate import (
     pass_bytes,
     whole_copy_bytes,
 )
+from headwater.runs.node import ROLES, CacheNode, Node, Role, StageNode, TrainNode, base_of
 from headwater.runs.node_estimate import Estimate
-from headwater.runs.plan import ROLES, Node, Plan, Role, base_of, scorers, supervisor
+from headwater.runs.plan import Plan
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
 from headwater.training.conditions import Schedule
@@ -45,9 +46,9 @@ def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumpti
     return [estimator.estimate(node) for node in plan.order()]
 
 
-def condition_schedule(node: Node, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
+def condition_schedule(node: TrainNode, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
     """When a stage of `steps` steps measures condition C2, and the share of the stage's FLOPs that this costs at most."""
-    roles = {base_of(source) for source in (node.start, supervisor(node)) if source is not None}
+    roles = {base_of(source) for source in (node.start, node.supervisor) if source is not None}
     estimator = Estimator(plan, inputs, model_shapes(inputs, tuple(roles)))
     return estimator.condition_schedule(node, steps), estimator.condition_share(node, steps)
 
@@ -99,7 +100,7 @@ class Estimator:
         """Cost of one node, its evaluation and measurements included."""
         recipe, shape = self.inputs.recipe, self.shape(node.start)
         evals = 0
-        if node.kind != "rollouts":
+        if not isinstance(node, CacheNode):
             evals = sum(len(problems) for problems, _ in self.inputs.evals.values()) * recipe.evaluate.samples
         completion = self.completion_tokens(recipe.evaluate.sampling)
         tokens = int(evals * completion)
@@ -114,17 +115,30 @@ class Estimator:
             memory=self.device_memory(node),
             decoded=self.decoding(shape, tokens, completion),
         )
-        return evaluation if node.kind == "evaluate" else self._with_stage(evaluation, node)
+        if isinstance(node, TrainNode):
+            return self._with_stage(evaluation, node)
+        return self._with_cache(evaluation, node) if isinstance(node, CacheNode) else evaluation
 
-    def _with_stage(self, evaluation: Estimate, node: Node) -> Estimate:
-        """Add the cost of a stage, or of a teacher's cache, to that of its evaluation."""
-        stage, shape = node.settings, self.shape(node.start)
-        assert stage is not None
-        cache = node.kind == "rollouts"
-        steps = 0 if cache else self.steps(node)
+    def _with_cache(self, nothing: Estimate, node: CacheNode) -> Estimate:
+        completion, flops = self.completion_tokens(node.settings.sampling), self.stage_flops(node)
+        tokens = int(self.rows(node)[0] * completion)
+        decoded = self.decoding(self.shape(node.start), tokens, completion)
+        return replace(
+            nothing,
+            tokens_sampled=tokens,
+            tokens_teacher_scored=tokens,
+            flops=flops,
+            decoded=decoded,
+            scoring=self.scoring_flops(node),
+            training=(flops, decoded),
+        )
+
+    def _with_stage(self, evaluation: Estimate, node: TrainNode) -> Estimate:
+        """Add the cost of a stage to that of its evaluation."""
+        stage, shape, steps = node.settings, self.shape(node.start), self.steps(node)
         completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
-        own = int(self.rows(node)[0] * completion) if cache or stage.on_policy else 0
-        scored = own if cache or node.teacher is not None else 0
+        own = int(self.rows(node)[0] * completion) if stage.on_policy else 0
+        scored = own if node.teacher is not None else 0
         sampled_measuring, scored_measuring, flops_measuring = self.measurements(node, steps)
         read, decoding_flops = self.decoding(shape, own + sampled_measuring, completion)
         return replace(
@@ -148,7 +162,7 @@ class Estimator:
         mean = self.assumptions.mean_tokens
         return float(sampling.max_tokens) if mean is None else min(mean, float(sampling.max_tokens))
 
-    def adapter_size(self, node: Node) -> tuple[int, float]:
+    def adapter_size(self, node: TrainNode) -> tuple[int, float]:
         """(weights of the LoRA adapter that a node trains, those that one token uses); 0 where it trains all weights."""
         lora = node.lora(self.inputs.recipe)
         return (0, 0.0) if lora is None else adapter_size(self.shape(node.start), lora)
@@ -158,37 +172,34 @@ class Estimator:
         """Of the compute dtype."""
         return 2 if self.inputs.recipe.models.dtype == "bfloat16" else 4
 
-    def steps(self, node: Node) -> int:
+    def steps(self, node: TrainNode) -> int:
         """A stage's steps; at equal compute, as many as the estimated FLOPs of the other arm pay for."""
-        assert node.settings is not None and node.pool is not None
         return node.matched_steps(self.inputs.steps(node.pool, node.settings), self.stage_flops)
 
-    def labels(self, node: Node, steps: int) -> int:
+    def labels(self, node: TrainNode, steps: int) -> int:
         """Distinct labels that a stage's steps use. Dynamic sampling may use every label of the pool."""
-        if node.settings is None or node.pool is None or not node.settings.needs_labels:
+        if not node.settings.needs_labels:
             return 0
         pool = len(self.inputs.pool(node.pool))
         return pool if node.settings.sparse.dynamic_sampling else min(pool, steps * node.settings.prompts_per_step)
 
-    def rows(self, node: Node) -> tuple[int, int]:
+    def rows(self, node: TrainNode | CacheNode) -> tuple[int, int]:
         """(rows, prompts prefilled) of all steps, or of a cache. A cache and an upper bound prefill a prompt per row, an estimate
         one per group.
         """
-        assert node.settings is not None and node.pool is not None
-        stage = node.settings
-        if node.kind == "rollouts":
+        if isinstance(node, CacheNode):
             rows = self.plan.cached_rollouts(node)
             return rows, rows
-        steps = self.steps(node)
+        stage, steps = node.settings, self.steps(node)
         shared = stage.on_policy and self.assumptions.mean_tokens is not None
         return steps * stage.batch_size, steps * (stage.prompts_per_step if shared else stage.batch_size)
 
     def stage_flops(self, node: Node) -> float:
         """FLOPs of a node without its evaluation and measurements."""
-        if node.settings is None or node.pool is None:
-            return 0.0
-        if node.kind == "rollouts":  # sampled, and scored
+        if isinstance(node, CacheNode):  # sampled, and scored
             return 2 * self.scoring_flops(node)
+        if not isinstance(node, TrainNode):
+            return 0.0
         stage, shape, (_, adapter) = node.settings, self.shape(node.start), self.adapter_size(node)
         tokens, context = self.tokens_and_context(node)
         flops = stage.passes * shape.flops(tokens, context, 3, adapter)
@@ -203,22 +214,20 @@ class Estimator:
             flops += scoring_passes * shape.flops(tokens, context)
         return flops
 
-    def scoring_flops(self, node: Node) -> float:
+    def scoring_flops(self, node: TrainNode | CacheNode) -> float:
         """FLOPs of a node's rollouts under its teacher; a served teacher's are not this machine's."""
         tokens, context = self.tokens_and_context(node)
-        models = [node.start] if node.kind == "rollouts" else scorers(node)
+        models = [node.start] if isinstance(node, CacheNode) else node.scorers()
         return sum((self.shape(source).flops(tokens, context) for source in models), 0.0)
 
-    def tokens_and_context(self, node: Node) -> tuple[float, float]:
+    def tokens_and_context(self, node: TrainNode | CacheNode) -> tuple[float, float]:
         """(tokens of a node's rows and the prompts that are prefilled for them, mean number of tokens that one attends to)."""
-        assert node.settings is not None
         (rows, prompts), completion = self.rows(node), self.completion_tokens(node.settings.sampling)
         return rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
 
-    def measurements(self, node: Node, steps: int) -> tuple[int, int, float]:
+    def measurements(self, node: TrainNode, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measurements between a stage's steps."""
         recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
-        assert stage is not None
         sampled, scored, flops = self.condition_cost(node, self.condition_schedule(node, steps), steps)
         if stage.until is not None and stage.until.metric == "validation" and self.inputs.validation is not None:
             rows = steps // stage.until.every * len(self.inputs.validation[0]) * recipe.evaluate.samples
@@ -226,25 +235,25 @@ class Estimator:
             sampled, flops = sampled + int(rows * length), flops + shape.flops(rows * length, length / 2)
         return sampled, scored, flops
 
-    def condition_schedule(self, node: Node, steps: int) -> Schedule:
+    def condition_schedule(self, node: TrainNode, steps: int) -> Schedule:
         """When condition C2 is measured: as the recipe says, within its `conditions.max_share` of the stage's FLOPs."""
-        settings, teacher = self.inputs.recipe.conditions, supervisor(node)
+        settings, teacher = self.inputs.recipe.conditions, node.supervisor
         whole = Schedule(0 if teacher is None else len(self.inputs.condition_problems), settings.every)
         if settings.max_share is None or whole.problems == 0:
             return whole
         cost = self.condition_cost(node, Schedule(1, settings.every), 0)[2]
         return whole.within(settings.max_share * self.stage_flops(node), cost, steps)
 
-    def condition_share(self, node: Node, steps: int) -> float:
+    def condition_share(self, node: TrainNode, steps: int) -> float:
         """FLOPs of measuring condition C2 in a stage of this many steps, as a share of the FLOPs of its training."""
         measured = self.condition_cost(node, self.condition_schedule(node, steps), steps)[2]
         trained = self.stage_flops(node)
         return measured / trained if trained else 0.0
 
-    def condition_cost(self, node: Node, schedule: Schedule, steps: int) -> tuple[int, int, float]:
+    def condition_cost(self, node: TrainNode, schedule: Schedule, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measuring condition C2 in a stage of this many steps."""
-        teacher = supervisor(node)
-        if teacher is None or node.settings is None:
+        teacher = node.supervisor
+        if teacher is None:
             return 0, 0, 0.0
         rows = schedule.measurements(steps) * schedule.problems
         completion = self.completion_tokens(node.settings.sampling)
@@ -262,12 +271,12 @@ class Estimator:
 
     def model_bytes(self, node: Node) -> ModelBytes:
         """What a node holds from its start to its end, all devices together, by part."""
-        shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
-        if node.kind != "train" or stage is None:
+        shape, width = self.shape(node.start), self.bytes_per_value
+        if not isinstance(node, TrainNode):
             return model_bytes(None, 0, False, [shape], width)
-        (adapter, _), lora = self.adapter_size(node), node.lora(self.inputs.recipe)
-        queried = set(scorers(node))
-        teacher = supervisor(node)
+        stage, (adapter, _), lora = node.settings, self.adapter_size(node), node.lora(self.inputs.recipe)
+        queried = set(node.scorers())
+        teacher = node.supervisor
         if teacher is not None and self.inputs.recipe.conditions.problems:
             queried.add(teacher)
         if stage.on_policy and stage.needs_reference:
@@ -278,8 +287,8 @@ class Estimator:
     def device_memory(self, node: Node) -> DeviceMemory:
         """What a node holds on each device, by part. Weights and optimizer state are divided evenly over the devices (FSDP2)."""
         parts, count, compute = self.model_bytes(node), self.assumptions.devices, self.inputs.recipe.compute
-        trains = node.kind == "train"
-        ahead = bool(compute.overlap) and node.settings is not None and node.settings.on_policy and trains
+        trains = isinstance(node, TrainNode)
+        ahead = bool(compute.overlap) and isinstance(node, TrainNode) and node.settings.on_policy
         sampler, kv_cache = self.sampler_bytes(node, ahead)
         return DeviceMemory(
             weights=parts.weights / count,
@@ -294,7 +303,7 @@ class Estimator:
 
     def trained_width(self, node: Node) -> int:
         """Bytes of a weight of the model that a node trains: float32, or under an adapter the compute dtype."""
-        return self.bytes_per_value if node.kind != "train" or node.lora(self.inputs.recipe) else 4
+        return 4 if isinstance(node, TrainNode) and node.lora(self.inputs.recipe) is None else self.bytes_per_value
 
     def sampler_bytes(self, node: Node, ahead: bool) -> tuple[float, float]:
         """(what the sampler holds on a device besides the node's own weights, KV cache that is not part of that).
@@ -317,23 +326,23 @@ class Estimator:
 
     def completion_and_prompt(self, node: Node) -> float:
         """Tokens of a node's longest sequence, or its mean one."""
-        sampling = self.inputs.recipe.evaluate.sampling if node.settings is None else node.settings.sampling
-        return self.prompt + self.completion_tokens(sampling)
+        settings = node.settings if isinstance(node, StageNode) else self.inputs.recipe.evaluate
+        return self.prompt + self.completion_tokens(settings.sampling)
 
     def kv_cache_bytes(self, node: Node) -> float:
         """The decoder's KV cache for the rows that a device decodes at once: its share of a step's."""
-        recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
+        recipe, shape = self.inputs.recipe, self.shape(node.start)
         evals = next(iter(self.inputs.evals.values()), ((), None))[0]
-        rows = len(evals) * recipe.evaluate.samples if stage is None else stage.batch_size
+        rows = node.settings.batch_size if isinstance(node, StageNode) else len(evals) * recipe.evaluate.samples
         length = self.completion_and_prompt(node)
         rows = -(-rows // self.assumptions.devices)
         return min(rows, recipe.compute.sample_batch) * length * shape.kv_cache_numbers * self.bytes_per_value
 
     def activation_bytes(self, node: Node) -> float:
         """A microbatch's activations; 0 for a node that does not train."""
-        recipe, stage, length = self.inputs.recipe, node.settings, self.completion_and_prompt(node)
-        if node.kind != "train" or stage is None:
+        if not isinstance(node, TrainNode):
             return 0.0
+        recipe, stage, length = self.inputs.recipe, node.settings, self.completion_and_prompt(node)
         tokens = max(min(float(recipe.compute.microbatch_tokens), stage.batch_size * length), length)
         logits = 2 if objective_of(stage).divergence is not None else 1
         cuda = recipe.compute.device != "cpu" and self.inputs.device.type == "cuda"

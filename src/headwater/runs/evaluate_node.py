@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from headwater.runs.display import ACCURACY
+from headwater.runs.node import Node
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node
 from headwater.storage import fault_points
 from headwater.storage.files import write_rows
 from headwater.storage.ledger import record

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headwater.config.recipe import Models
 from headwater.errors import UserError
-from headwater.runs.plan import ROLES
+from headwater.runs.node import ROLES
 from headwater.runs.read_once import InputError
 from headwater.storage import hub
 from headwater.teachers.server_client import is_served

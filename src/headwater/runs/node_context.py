@@ -18,7 +18,8 @@ from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, base_of, reads_contexts
+from headwater.runs.node import Node, Role, StageNode, TrainNode, base_of
+from headwater.runs.plan import Plan, reads_contexts
 from headwater.runs.translated_teacher import translated_teacher
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
@@ -37,7 +38,7 @@ from headwater.teachers.translated import Supervisor, TranslatedTeacher
 from headwater.training.evaluate import evaluate
 from headwater.types import Problem
 
-LoadTeacher = Callable[[Role | Node], Supervisor]
+LoadTeacher = Callable[[Role | TrainNode], Supervisor]
 """Memoized loader of the frozen models that a stage queries: `NodeContext.teacher`, cached while the stage runs."""
 
 
@@ -65,10 +66,10 @@ class NodeContext:
         """An empty ledger row of the node."""
         return Spend(self.plan.names[node], node.stage, node.seed, 0, "train")
 
-    def load(self, source: Role | Node, frozen: bool, adapter: AdapterSpec | None = None) -> Policy:
+    def load(self, source: Role | TrainNode, frozen: bool, adapter: AdapterSpec | None = None) -> Policy:
         """Load a base model of the recipe, or the model that a node trained."""
         models, device = self.inputs.recipe.models, self.inputs.device
-        if isinstance(source, Node):
+        if isinstance(source, TrainNode):
             path, fingerprint = self.node_dir(source).model, self.plan.fingerprints[source]
             self.node_dir(source).refuse_damage(f"{path.name}/")
             folder = ModelFolder.open(str(path), str(path), models.trust_remote_code)
@@ -76,41 +77,39 @@ class NodeContext:
             folder, fingerprint = self.inputs.model_folder(source), None
         return load_policy(folder, LoadOptions(models, device, frozen, adapter, fingerprint, self.ranks))
 
-    def frozen(self, source: Role | Node, stage: Stage | None = None) -> Teacher:
+    def frozen(self, source: Role | TrainNode, stage: Stage | None = None) -> Teacher:
         """Load a model that only samples and scores. A base teacher may be a server, or several models by tag."""
         inputs = self.inputs
         if source != "teacher" or is_single_local_model(inputs.recipe):
             return offload_if_configured(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
         return load_base_teacher(inputs.recipe, stage, inputs.all_problems, inputs.sampler, inputs.device, self.ranks)
 
-    def teacher(self, source: Role | Node, node: Node) -> Supervisor:
+    def teacher(self, source: Role | TrainNode, node: StageNode) -> Supervisor:
         """Load a model that supervises a node's stage. It has its own prompt and token ids where the recipe gives it some."""
         return self.translated_teacher(self.frozen(source, node.settings), base_of(source), node)
 
-    def translated_teacher(self, model: Teacher, role: Role, node: Node) -> Supervisor:
+    def translated_teacher(self, model: Teacher, role: Role, node: StageNode) -> Supervisor:
         """A model of this role that supervises a node's stage, behind the prompts and token ids that it reads there."""
-        assert node.settings is not None
         return translated_teacher(model, (node.learner, role), node.settings.dense, self.inputs)
 
-    def labels_shown(self, node: Node) -> frozenset[str]:
+    def labels_shown(self, node: StageNode) -> frozenset[str]:
         """Problems whose gold answer the teacher of a node's rollouts reads in its context."""
         teacher = self.inputs.recipe.prompt.teacher
         reads = teacher is not None and teacher.privileged is not None and reads_contexts(node)
         return self.inputs.labeled.answer_in_context if reads else frozenset()
 
-    def trainee(self, node: Node) -> Policy:
+    def trainee(self, node: TrainNode) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""
         settings = node.lora(self.inputs.recipe)
-        adapter = None if settings is None else AdapterSpec(settings, (node.seed, node.stage, node.pool or ""))
+        adapter = None if settings is None else AdapterSpec(settings, (node.seed, node.stage, node.pool))
         return self.load(node.start, frozen=False, adapter=adapter)
 
-    def reference(self, node: Node, policy: Policy) -> Policy:
+    def reference(self, node: TrainNode, policy: Policy) -> Policy:
         """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy.
 
         A copy that follows the policy (`dense.start_update`) is in float32, as the policy is: a small change would be rounded away.
         Under an adapter it is a copy of the adapter alone.
         """
-        assert node.settings is not None
         follows = node.settings.dense.start_update is not None
         if policy.adapter is not None:
             return policy.following() if follows else policy.reference()
@@ -118,16 +117,15 @@ class NodeContext:
         reference.model.requires_grad_(False).eval()
         return reference
 
-    def sampling_copy(self, node: Node) -> Policy:
+    def sampling_copy(self, node: TrainNode) -> Policy:
         """A frozen model for the policy's weights, whole on every rank, which samples while the policy trains."""
         copy = replace(self, ranks=SINGLE_PROCESS).load(node.start, frozen=True)
         for parameter in copy.model.parameters():
             parameter.data = parameter.data.clone()  # as the trained weights: not mapped from a file
         return copy
 
-    def steps(self, node: Node) -> int:
+    def steps(self, node: TrainNode) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""
-        assert node.settings is not None and node.pool is not None
         return node.matched_steps(self.inputs.steps(node.pool, node.settings), self.flops)
 
     def flops(self, node: Node) -> float:

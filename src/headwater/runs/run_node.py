@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from headwater.errors import TrainingStoppedError
 from headwater.runs.cache_node import cache_node
 from headwater.runs.evaluate_node import evaluate_node
+from headwater.runs.node import CacheNode, Node, StageNode, TrainNode
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.runs.train_node import label_note, train_node
 from headwater.storage import fault_points
 from headwater.storage.files import write_json
 from headwater.storage.run_dir import RunDir
 from headwater.training.checkpoint import remove_checkpoints
-
-RUNNERS: dict[str, Callable[[Node, NodeContext], dict[str, Any] | None]] = {
-    "train": train_node,
-    "rollouts": cache_node,
-    "evaluate": evaluate_node,
-}
 
 
 def run_node(node: Node, context: NodeContext) -> None:
@@ -40,14 +34,14 @@ def run_node(node: Node, context: NodeContext) -> None:
             "seed": node.seed,
             "parents": [context.plan.names[parent] for parent in node.parents],
             "fingerprint": context.plan.fingerprints[node],
-            "labels": label_note(node, context),
-            "settings": None if node.settings is None else node.settings.model_dump(mode="json"),
-            "steps": context.steps(node) if node.kind == "train" else None,
+            "labels": label_note(node, context) if isinstance(node, TrainNode) else None,
+            "settings": node.settings.model_dump(mode="json") if isinstance(node, StageNode) else None,
+            "steps": context.steps(node) if isinstance(node, TrainNode) else None,
         },
     )
     fault_points.failpoint("node.described")
     try:
-        result = RUNNERS[node.kind](node, context)
+        result = _work(node, context)
     except TrainingStoppedError as error:
         raise TrainingStoppedError(f"{node.stage}, {error}") from None
     fault_points.failpoint("node.worked")
@@ -55,6 +49,16 @@ def run_node(node: Node, context: NodeContext) -> None:
     fault_points.failpoint("node.done")
     if context.ranks.is_main:
         remove_unneeded(node, context.plan, context.out)
+
+
+def _work(node: Node, context: NodeContext) -> dict[str, Any] | None:
+    """Returns what DONE holds besides the fingerprint."""
+    if isinstance(node, TrainNode):
+        return train_node(node, context)
+    if isinstance(node, CacheNode):
+        return cache_node(node, context)
+    evaluate_node(node, context)
+    return None
 
 
 def remove_unneeded(node: Node, plan: Plan, out: RunDir) -> None:
@@ -65,5 +69,5 @@ def remove_unneeded(node: Node, plan: Plan, out: RunDir) -> None:
     if plan.recipe.compute.keep_checkpoints:
         return
     remove_checkpoints(out.node(plan.names[node]))
-    if node.cache is not None and plan.cached_rollouts(node.cache, out) == 0:
+    if isinstance(node, TrainNode) and node.cache is not None and plan.cached_rollouts(node.cache, out) == 0:
         out.node(plan.names[node.cache]).remove_distributions()

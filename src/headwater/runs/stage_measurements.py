@@ -9,8 +9,8 @@ from functools import cached_property
 
 from headwater.models.policy import Policy
 from headwater.runs.estimate import condition_schedule
+from headwater.runs.node import TrainNode
 from headwater.runs.node_context import LoadTeacher, NodeContext, after_step
-from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
 from headwater.storage.files import append_jsonl, read_jsonl
@@ -33,7 +33,7 @@ class StageMeasurements:
     load_teacher  loads the stage's teacher, which the stage itself may query too
     """
 
-    node: Node
+    node: TrainNode
     context: NodeContext
     policy: Policy
     load_teacher: LoadTeacher
@@ -94,8 +94,7 @@ class StageMeasurements:
 
         Its checks count apart.
         """
-        until = None if self.node.settings is None else self.node.settings.until
-        held_out = self.context.inputs.validation
+        until, held_out = self.node.settings.until, self.context.inputs.validation
         if until is None or until.metric != "validation" or held_out is None or step == 0 or step % until.every:
             return {}
         rows, spend = self.context.grade_held_out(
@@ -107,7 +106,7 @@ class StageMeasurements:
     @cached_property
     def _cost(self) -> tuple[Schedule, float]:
         """When condition C2 is measured, and its share of the stage's FLOPs; it depends on nothing that a resume changes."""
-        if supervisor(self.node) is None or not self.context.inputs.condition_problems:
+        if self.node.supervisor is None or not self.context.inputs.condition_problems:
             return Schedule(0, 1), 0.0
         return condition_schedule(self.node, self.context.plan, self.context.inputs, self.context.steps(self.node))
 
@@ -117,7 +116,7 @@ class StageMeasurements:
 
     def _say_what_is_measured(self) -> None:
         """Tell the user what measuring costs where that is much, and where less is measured than the recipe's defaults."""
-        if supervisor(self.node) is None or not self.context.inputs.condition_problems:
+        if self.node.supervisor is None or not self.context.inputs.condition_problems:
             return
         wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
         settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
@@ -142,7 +141,7 @@ class StageMeasurements:
     @cached_property
     def _teacher(self) -> tuple[Supervisor, list[Rollout]]:
         """The stage's teacher and its rollouts, sampled once."""
-        source = supervisor(self.node)
+        source = self.node.supervisor
         assert source is not None
         teacher = self.load_teacher(source)
         if isinstance(teacher, TranslatedTeacher) and teacher.form in ("spans", "sorted"):
@@ -155,7 +154,6 @@ class StageMeasurements:
         return [(problem.id, prompter.ids(problem)) for problem in self._problems]
 
     def _sample(self, model: Supervisor, *draw: str | int) -> list[Rollout]:
-        assert self.node.settings is not None
         requests = requests_for(self._prompts, 1, 0, self.node.seed, "conditions", *draw)
         check_stop = self.context.progress.check_stop
         rollouts = self.context.sampler(model).sample(

@@ -20,8 +20,8 @@ from headwater.models.prompts import Prompter
 from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals
+from headwater.runs.node import Node, TrainNode, base_of
 from headwater.runs.node_context import LoadTeacher, NodeContext, after_step
-from headwater.runs.plan import Node, base_of, scorers
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.ahead import AheadSampler
 from headwater.sampling.build import importance_cap
@@ -46,12 +46,11 @@ from headwater.training.rollouts import CachedRollouts, PolicyRollouts
 from headwater.training.update import make_optimizer, needs_old_logp
 
 
-def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
+def train_node(node: TrainNode, context: NodeContext) -> dict[str, Any] | None:
     """Train a stage, save its model and evaluate it.
 
     Returns, for DONE, `ended`: {"step", "of", "why"} of a stage that stopped before its last step.
     """
-    assert node.settings is not None
     stage, folder = node.settings, context.node_dir(node)
     policy = context.trainee(node)
     steps = context.steps(node)
@@ -76,9 +75,8 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     return {"ended": {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}}
 
 
-def ahead_sampler(node: Node, context: NodeContext, policy: Policy, steps: int) -> AheadSampler | None:
+def ahead_sampler(node: TrainNode, context: NodeContext, policy: Policy, steps: int) -> AheadSampler | None:
     """The stage's sampler of the next step's rollouts; None without `compute.overlap`, and for a stage that samples nothing."""
-    assert node.settings is not None
     if not (context.inputs.recipe.compute.overlap and node.settings.on_policy):
         return None
     sampler = context.inputs.recipe.compute.sampler
@@ -95,7 +93,9 @@ def guards_of(recipe: Recipe) -> Guards:
     return recipe.guards.model_copy(update={"teacher_jump": off})
 
 
-def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ahead: AheadSampler | None = None) -> int:
+def train_stage(
+    node: TrainNode, context: NodeContext, policy: Policy, steps: int, ahead: AheadSampler | None = None
+) -> int:
     """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
 
     Each step is recorded in the order metrics, ledger, rollouts, condition C2, evaluation, checkpoint: exact resume depends on it.
@@ -105,7 +105,6 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
     Raises TrainingStoppedError when a guard or the loop stops training, KeyboardInterrupt when asked to stop. Both leave a
     checkpoint to resume from.
     """
-    assert node.settings is not None
     stage, recipe, folder, progress = node.settings, context.inputs.recipe, context.node_dir(node), context.progress
     objective = objective_of(stage, importance_cap(recipe))
     load_teacher: LoadTeacher = cache(partial(context.teacher, node=node))
@@ -127,7 +126,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
 
     outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
     guards = GuardMonitor(guards_of(recipe), outcomes, steps, progress.warn)
-    pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
+    pool = len(context.inputs.pool(node.pool))
     microbatch_tokens = recipe.compute.microbatch_tokens
     rows = list(read_jsonl(folder.metrics))
     if why := no_signal(recipe.guards, outcomes, rows, steps, pool, stage.dense) or guards.catch_up(rows):
@@ -198,7 +197,7 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int, ah
 
 
 def rollout_source(
-    node: Node,
+    node: TrainNode,
     context: NodeContext,
     policy: Policy,
     objective: Objective,
@@ -207,7 +206,6 @@ def rollout_source(
     ahead: AheadSampler | None = None,
 ) -> Source:
     """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
-    assert node.settings is not None and node.pool is not None
     stage, inputs = node.settings, context.inputs
     prompts = inputs.prompts(node.pool, stage)
     tags = {problem.id: problem.tag for problem in inputs.all_problems} if stage.dense.normalize == "tags" else {}
@@ -222,7 +220,7 @@ def rollout_source(
         prompts = tuple(name for name in prompts if name in spent)
     # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
     # The base under an adapter is the policy that samples, with the adapter switched off.
-    shares_policy = policy.adapter is not None and node.start in scorers(node)
+    shares_policy = policy.adapter is not None and node.start in node.scorers()
     parts = (
         1 if teacher is None or stage.sparse.dynamic_sampling or shares_policy else inputs.recipe.compute.score_ahead
     )
@@ -258,20 +256,20 @@ def rollout_source(
     )
 
 
-def spent_labels(node: Node, context: NodeContext) -> set[str]:
+def spent_labels(node: TrainNode, context: NodeContext) -> set[str]:
     """Ids of the problems whose labels the stages before this one used."""
     earlier = [context.node_dir(parent).ledger for parent in node.lineage() if parent != node]
     spends = (spend for ledger in earlier for spend in read_jsonl(ledger))
     return {label for spend in spends if spend["purpose"] == "train" for label in spend["labels"]}
 
 
-def uses_reference(node: Node, objective: Objective) -> bool:
+def uses_reference(node: TrainNode, objective: Objective) -> bool:
     """Whether a stage needs its initial weights: for a KL term, or as a part of its teacher."""
-    return "reference" in objective.signals or node.start in scorers(node)
+    return "reference" in objective.signals or node.start in node.scorers()
 
 
 def stage_teacher(
-    node: Node, context: NodeContext, policy: Policy, reference: Policy | None, load_teacher: LoadTeacher
+    node: TrainNode, context: NodeContext, policy: Policy, reference: Policy | None, load_teacher: LoadTeacher
 ) -> Supervisor | ComposedTeacher | None:
     """The model that scores a stage's rollouts, or the combination of several; None without one.
 
@@ -280,7 +278,7 @@ def stage_teacher(
     Raises UserError where vocabularies have different widths.
     """
     models: list[Supervisor] = []
-    for source in scorers(node):
+    for source in node.scorers():
         if source == node.start and reference is not None:
             models.append(context.translated_teacher(reference, base_of(source), node))
         else:
@@ -288,16 +286,14 @@ def stage_teacher(
         refuse_different_widths(policy, models[-1], ("models.student", "models.teacher"))
     if not models:
         return None
-    weights = tuple(scorers(node).values())
+    weights = tuple(node.scorers().values())
     if weights == (1.0,):
         return models[0]
-    assert node.settings is not None
     return ComposedTeacher(tuple(models), gain if node.settings.dense.gain_over is not None else product(weights))
 
 
-def charge(node: Node, context: NodeContext, result: StepResult, policy: Policy) -> None:
+def charge(node: TrainNode, context: NodeContext, result: StepResult, policy: Policy) -> None:
     """Add the step's ledger row: labels, completions graded, tokens, FLOPs and seconds."""
-    assert node.settings is not None
     batch = result.batch
     updated = 0.0 if result.stopped else update_flops(node.settings, policy, batch.rows)
     record(
@@ -325,9 +321,9 @@ def update_flops(stage: Stage, policy: Policy, rows: Sequence[Row]) -> float:
     return passes * policy.pass_flops([row for row in rows if not row.zero_gradient], passes=3)
 
 
-def write_rollouts(node: Node, context: NodeContext, result: StepResult, policy: Policy) -> None:
+def write_rollouts(node: TrainNode, context: NodeContext, result: StepResult, policy: Policy) -> None:
     """Write the step's completions and verdicts; a few with the teacher's signal per token."""
-    on_policy = node.settings is not None and node.settings.on_policy
+    on_policy = node.settings.on_policy
     folder, prompter, rows = context.node_dir(node), context.prompter(node, policy), result.batch.rows
     # Ranks exchange the signals; one that stopped may be alone.
     shown = token_signals.kept(rows) if on_policy and result.stopped is None else []
@@ -354,29 +350,26 @@ def rollout_row(row: Row, prompter: Prompter) -> dict[str, Any]:
     return line
 
 
-def label_note(node: Node, context: NodeContext) -> dict[str, Any] | None:
-    """The labels that a stage may use: {"pool", "distinct_allowed"}; None for a node that does not train."""
-    if node.kind != "train" or node.settings is None or node.pool is None:
-        return None
+def label_note(node: TrainNode, context: NodeContext) -> dict[str, Any]:
+    """The labels that a stage may use: {"pool", "distinct_allowed"}."""
     pool = context.inputs.pool(node.pool)
     shown = context.labels_shown(node) & set(pool) if node.settings.on_policy else ()
     allowed = len(pool) if node.settings.needs_labels else len(shown)
     return {"pool": node.pool, "distinct_allowed": allowed}
 
 
-def model_card(node: Node, context: NodeContext, steps: int) -> str:
+def model_card(node: TrainNode, context: NodeContext, steps: int) -> str:
     """README.md of a trained model."""
     recipe = context.inputs.recipe
     if isinstance(node.start, Node):
         start = context.plan.names[node.start]
     else:
         start = ", ".join(recipe.models.named(node.start).values())
-    note, stage = label_note(node, context), node.settings
-    assert stage is not None
+    stage = node.settings
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"
         f"# {recipe.name}: {node.role} after {node.stage} (seed {node.seed})\n\n"
         f"Trained with Headwater from `{start}`: stage `{node.stage}`, objective `{stage.objective}` "
-        f"({stage.spec.description}), {steps} steps. Labels this stage may use: {note['distinct_allowed'] if note else 0}. "
+        f"({stage.spec.description}), {steps} steps. Labels this stage may use: {label_note(node, context)['distinct_allowed']}. "
         "The run's `recipe.json`, `ledger.jsonl` and `report.json` say how it was made and what it scored.\n"
     )

@@ -14,7 +14,7 @@ from headwater.doctor.checks import CHECKS, Check, Examination
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.resource_checks import stage_files
 from headwater.report.html import Page
-from headwater.runs.plan import base_of
+from headwater.runs.node import base_of
 from headwater.runs.setup import prepared
 from qwen import END, PAD, PLAIN, qwen_folder
 from runs import TINY, call, tiny

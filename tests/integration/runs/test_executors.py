@@ -18,7 +18,7 @@ import pytest
 from forked_study import RunningProcess, is_alive, start, wait_for_steps
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.runs.executors import base as executor
-from headwater.runs.plan import Node
+from headwater.runs.node import Node
 from headwater.storage.run_dir import RunDir
 from runs import (
     assert_same,

@@ -24,7 +24,8 @@ from headwater.config.arms import arm_of
 from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.report import serve, watch
-from headwater.runs.plan import Node, last_node
+from headwater.runs.node import Node
+from headwater.runs.plan import last_node
 from headwater.storage.files import is_locked, lock
 
 

@@ -11,7 +11,8 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.runs.plan import Node, Plan, make_plan, scorers
+from headwater.runs.node import Node
+from headwater.runs.plan import Plan, make_plan
 from headwater.storage.run_dir import RunDir
 
 POOLS = {"all": ("a", "b", "c", "d"), "first_half": ("a", "b"), "second_half": ("c", "d")}
@@ -366,27 +367,27 @@ def opd_node(weights: str, arm: str = "bridge") -> Node:
 
 def test_scorers_are_models_with_weights_of_composed_teacher() -> None:
     node = opd_node("{teacher: 1.25, base_teacher: -0.25}")
-    assert scorers(node) == {node.teacher: 1.25, "teacher": -0.25}
+    assert node.scorers() == {node.teacher: 1.25, "teacher": -0.25}
     node = opd_node("{start: 1.0, teacher: 2.0, base_teacher: -2.0}")
-    assert scorers(node) == {node.start: 1.0, node.teacher: 2.0, "teacher": -2.0}
+    assert node.scorers() == {node.start: 1.0, node.teacher: 2.0, "teacher": -2.0}
 
 
 def test_scorers_of_weight_one_on_one_model_are_plain_teacher() -> None:
     node = opd_node("{teacher: 1.0, base_teacher: 0.0}")
-    assert scorers(node) == {node.teacher: 1.0}
+    assert node.scorers() == {node.teacher: 1.0}
     # The raw teacher is its own reference: 1.25 − 0.25.
-    assert scorers(opd_node("{teacher: 1.25, base_teacher: -0.25}", "raw_teacher")) == {"teacher": 1.0}
+    assert opd_node("{teacher: 1.25, base_teacher: -0.25}", "raw_teacher").scorers() == {"teacher": 1.0}
 
 
 def test_scorers_of_gain_are_teacher_and_model_compared_with() -> None:
     plan = plan_of("stages.opd.dense.gain_over=base_teacher", arms=("bridge",))
     node = next(node for node in chain(plan, "bridge") if node.stage == "opd")
-    assert scorers(node) == {node.teacher: 1.0, "teacher": -1.0}
+    assert node.scorers() == {node.teacher: 1.0, "teacher": -1.0}
     plan = plan_of("stages.opd.dense.gain_over=start", arms=("bridge",))
     node = next(node for node in chain(plan, "bridge") if node.stage == "opd")
-    assert scorers(node) == {node.teacher: 1.0, node.start: -1.0}
+    assert node.scorers() == {node.teacher: 1.0, node.start: -1.0}
     with pytest.raises(UserError, match=r"stages.opd.dense.gain_over: base_teacher is the teacher itself"):
-        scorers(chain(plan_of("stages.opd.dense.gain_over=base_teacher", arms=("raw_teacher",)), "raw_teacher")[-1])
+        chain(plan_of("stages.opd.dense.gain_over=base_teacher", arms=("raw_teacher",)), "raw_teacher")[-1].scorers()
 
 
 def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:

@@ -24,8 +24,9 @@ from headwater.models.prompts import Prompter
 from headwater.runs import train_node
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node import TrainNode
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage import fault_points
@@ -67,7 +68,7 @@ class StageRun:
         """Run the stage to its end, or resume it; returns the message with which it stops itself, if it does."""
         recipe = find_recipe("pocket", list(changes))
         policy = tiny_policy()
-        node = Node("train", "student_rl", "student", 7, "student", pool="all", settings=STAGE)
+        node = TrainNode("student_rl", "student", 7, "student", "all", STAGE)
         labels = Labels({name: name for name in IDS}, self.grade, len(IDS))
 
         def prompter(tokenizer: Any, role: str = "student") -> Prompter:

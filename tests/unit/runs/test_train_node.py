@@ -24,8 +24,9 @@ from headwater.models.prompts import Prompter
 from headwater.runs import train_node
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node import TrainNode
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.storage.files import read_jsonl
 from headwater.storage.node_dir import NodeDir
 from headwater.storage.run_dir import RunDir
@@ -67,7 +68,7 @@ class Driver:
         self.weights[int(metrics["step"])] = weights_of(self.policy)
 
     def run(self, stage: Stage = OPD, stop_after: int | None = None) -> Driver:
-        node = Node("train", "opd", "student", 7, "student", settings=stage)
+        node = TrainNode("opd", "student", 7, "student", "all", stage)
         progress = NodeProgress(
             lambda done, total, unit: self.started.append(done),
             self.advance,
@@ -82,6 +83,7 @@ class Driver:
                     recipe=RECIPE,
                     evals={},
                     validation=None,
+                    pool=lambda name: (),
                     prompter=lambda tokenizer, role: Prompter(tokenizer, RECIPE.prompt),
                 ),
             ),

@@ -57,7 +57,7 @@ def test_contrast_of_step_tells_trained_teacher_from_uniform(policy: Policy) -> 
     assert contrast_metrics([replace(row, teacher=None) for row in rows], policy.vocabulary, SINGLE_PROCESS) == {}
 
 
-def test_contrast_of_step_with_two_teachers_reads_each_through_its_own_head(policy: Policy) -> None:
+def test_contrast_of_two_teachers_uses_head_of_each(policy: Policy) -> None:
     first, second = (taught(sampled_rows(policy), tiny_policy(seed=seed)) for seed in (1, 2))
     rows = [row for pair in zip(first[::2], second[1::2], strict=True) for row in pair]
     measured = contrast_metrics(rows, policy.vocabulary, SINGLE_PROCESS)["teacher_contrast"]

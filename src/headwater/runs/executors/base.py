@@ -20,8 +20,9 @@ from typing import Any
 from headwater.errors import DiskError, HeadwaterError, UserError, error_text
 from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node import Node, StageNode
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.runs.run_node import run_node
 from headwater.storage.files import read_json, write_json
 from headwater.storage.node_dir import NodeDir
@@ -201,5 +202,5 @@ def recorded_progress(folder: NodeDir, progress: NodeProgress) -> Iterator[NodeP
 
 def describe(node: Node) -> str:
     """A node's title for users. Example: `teacher_rl on first half (seed 0)`."""
-    where = "" if node.pool is None else f" on {node.pool.replace('_', ' ')}"
+    where = f" on {node.pool.replace('_', ' ')}" if isinstance(node, StageNode) else ""
     return f"{node.stage}{where} (seed {node.seed})"

@@ -27,6 +27,7 @@ from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job, run_in_process
 from headwater.runs.executors.remote import Message, RemoteNode, Worker
 from headwater.runs.executors.schedule import Schedule
+from headwater.runs.node import TrainNode
 
 LISTEN_SECONDS = 0.2  # delay at most until a requested stop is passed on
 # A worker takes over its parent's import path before it imports headwater.
@@ -103,7 +104,7 @@ def worker_count(job: Job) -> int:
     Example: the arms `bridge` and `direct_grpo` at 3 seeds have 6 last nodes; one arm at one seed has 1.
     """
     parents = {parent for name in job.todo for parent in job.parents(name)}
-    last = sum(node.kind == "train" and name not in parents for name, node in job.todo.items())
+    last = sum(isinstance(node, TrainNode) and name not in parents for name, node in job.todo.items())
     return max(1, min(worker_limit(job.plan.recipe.compute, job.inputs.device, cores()), last))
 
 

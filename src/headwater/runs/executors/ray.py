@@ -22,7 +22,7 @@ from headwater.errors import UserError, error_text
 from headwater.runs.executors.base import Failure, Job, describe
 from headwater.runs.executors.remote import Message, RemoteNode, Worker
 from headwater.runs.executors.schedule import Schedule
-from headwater.runs.plan import Node
+from headwater.runs.node import Node
 
 LISTEN_SECONDS = 0.2
 """How often the driver reads the board, and a node asks it whether to stop."""

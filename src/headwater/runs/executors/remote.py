@@ -20,8 +20,9 @@ from headwater.runs.display import NodeProgress
 from headwater.runs.executors.base import Failure, describe, start_node
 from headwater.runs.executors.schedule import Schedule
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node import Node
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.runs.setup import prepared, recorded_day
 from headwater.storage.run_dir import RunDir
 from headwater.training.update import Metrics

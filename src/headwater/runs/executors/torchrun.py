@@ -25,8 +25,8 @@ from headwater.runs.display import NodeProgress
 from headwater.runs.executors.base import Failure, Job, start_node
 from headwater.runs.executors.remote import Message, Worker
 from headwater.runs.inputs import RunInputs
+from headwater.runs.node import Node
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node
 from headwater.runs.setup import stop_requests
 from headwater.storage.node_dir import NodeDir
 from headwater.storage.run_dir import RunDir
