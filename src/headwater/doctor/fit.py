@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -360,7 +361,14 @@ def _best_seconds(work: Callable[[], object]) -> float:
 
 
 def device_here(device: torch.device, dtype: torch.dtype) -> Device:
-    """The device of this process as `runs.hardware.Device`: rates measured in half a second, and the memory that is free.
+    """The device of this process as `runs.hardware.Device`: its measured rates, and the memory that is free."""
+    flops, bandwidth = _rates(device, dtype)
+    return Device(flops, free_memory(device) or 0.0, bandwidth, "measured")
+
+
+@cache
+def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP/s, bytes/s) of a device, measured in half a second, once per process.
 
     `dtype` is that of the matrix products: bfloat16 is four times faster than float32 on some CPUs and ten times slower on others.
     """
@@ -369,5 +377,4 @@ def device_here(device: torch.device, dtype: torch.dtype) -> Device:
     bandwidth = 2.0 * 4 * len(numbers) / _best_seconds(lambda: copied.copy_(numbers)[0].item())
     size = 4096 if device.type == "cuda" else 384
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    flops = 2.0 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item())
-    return Device(flops, free_memory(device) or 0.0, bandwidth, "measured")
+    return 2.0 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item()), bandwidth
