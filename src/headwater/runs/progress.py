@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -20,7 +20,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -81,92 +80,102 @@ def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDi
 
     log_parts  whether a log file has a line for every part of a task, not only for every group of parts
     """
-    console = PrintableConsole(stderr=True, quiet=quiet, highlight=False)
-    bars = Progress(
-        *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
-    )  # in a log it would leave blank lines
-    warned: set[str] = set()
-    study_state = ""
-    to_log = not console.is_terminal
+    bars = Bars(PrintableConsole(stderr=True, quiet=quiet, highlight=False), log_parts)
+    return ProgressDisplay(bars.say, bars.node, bars.together, bars.task)
+
+
+class Bars:
+    """The bars on a terminal, or the lines of a log file."""
+
+    def __init__(self, console: PrintableConsole, log_parts: bool) -> None:
+        self.console, self.log_parts, self.to_log = console, log_parts, not console.is_terminal
+        # Disabled in a log, where it would leave blank lines.
+        self.shown = Progress(
+            *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=self.to_log
+        )
+        self.warned: set[str] = set()
+        self.study_state = ""
+
+    def say(self, line: str) -> None:
+        clock = f"{time.strftime('%H:%M:%S')} " if self.to_log else ""
+        self.console.print(clock + line, markup=False, soft_wrap=True)
+
+    def warn(self, head: str, warning: str) -> None:
+        """Show a warning once, not again for every seed and every time that it begins anew; `watch` and the report list all."""
+        without_numbers = re.sub(r"\d[\d.]*", "", warning)
+        if without_numbers not in self.warned:
+            self.warned.add(without_numbers)
+            self.say(f"{head}: warning {warning}")
 
     @contextlib.contextmanager
-    def bar(title: str, total: int | None, unit: str) -> Iterator[TaskID]:
-        bars.start()  # without effect where another bar is shown
-        task = bars.add_task(title, total=total, unit=unit, metrics="")
+    def bar(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
+        """Show a bar; the function that is yielded updates it, or with `restart` begins it anew."""
+        self.shown.start()  # without effect where another bar is shown
+        task = self.shown.add_task(title, total=total, unit=unit, metrics="")
+
+        def change(restart: bool = False, **fields: Any) -> None:
+            (self.shown.reset if restart else self.shown.update)(task, **fields)
+
         try:
-            yield task
+            yield change
         finally:
-            bars.remove_task(task)
-            if not bars.tasks:
-                bars.stop()
+            self.shown.remove_task(task)
+            if not self.shown.tasks:
+                self.shown.stop()
 
     @contextlib.contextmanager
-    def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:
+    def node(self, title: str, number: int, total: int) -> Iterator[NodeProgress]:
         head, text, began = f"[{number}/{total}] {title}", "", time.perf_counter()
-        logged = Log(head, began)
-        with bar(head, None, "") as task:
+        log = Log(head, began)
+        with self.bar(head) as change:
 
             def start(done: int, units: int, unit: str) -> None:
-                bars.reset(task, total=units, completed=done, unit=unit, metrics=text)
-                logged.start(done, units, unit, time.perf_counter())
+                change(restart=True, total=units, completed=done, unit=unit, metrics=text)
+                log.start(done, units, unit, time.perf_counter())
 
             def advance(count: int, metrics: Metrics) -> None:
                 nonlocal text
                 text = metrics_text(metrics) or text
-                bars.update(task, advance=count, metrics=text)
-                line = logged.advance(count, text, time.perf_counter())
-                if to_log and line:
-                    say(line)
+                change(advance=count, metrics=text)
+                line = log.advance(count, text, time.perf_counter())
+                if self.to_log and line:
+                    self.say(line)
 
             def part(name: str) -> None:
-                bars.update(task, description=f"{head}: {name}" if name else head)
+                change(description=f"{head}: {name}" if name else head)
 
-            yield NodeProgress(start, advance, warn=partial(warn, head), part=part)
-        end = f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}"
-        say(end.rstrip())
-
-    def warn(head: str, warning: str) -> None:
-        """Show a warning once, not again for every seed and every time that it begins anew; `watch` and the report list all."""
-        without_numbers = re.sub(r"\d[\d.]*", "", warning)
-        if without_numbers not in warned:
-            warned.add(without_numbers)
-            say(f"{head}: warning {warning}")
+            yield NodeProgress(start, advance, warn=partial(self.warn, head), part=part)
+        self.say(f"{head}: {time.perf_counter() - began:.1f} s  {text}{self.study_state}".rstrip())
 
     @contextlib.contextmanager
-    def task(title: str) -> Iterator[Callable[[str, str], None]]:
+    def task(self, title: str) -> Iterator[Callable[[str, str], None]]:
         began, last_group = time.perf_counter(), ""
-        say(f"{title} …")
-        with bar(title, None, "") as shown:
+        self.say(f"{title} …")
+        with self.bar(title) as change:
 
             def tell(group: str, part: str) -> None:
                 nonlocal last_group
-                bars.update(shown, description=f"{title}: {part}")
+                change(description=f"{title}: {part}")
                 if group != last_group:
-                    say(f"{title}: {group} …")
-                if to_log and log_parts:
-                    say(f"{title}: {part}")
+                    self.say(f"{title}: {group} …")
+                if self.to_log and self.log_parts:
+                    self.say(f"{title}: {part}")
                 last_group = group
 
             yield tell
-        say(f"{title}: done in {time.perf_counter() - began:.1f} s")
+        self.say(f"{title}: done in {time.perf_counter() - began:.1f} s")
 
     @contextlib.contextmanager
-    def together(total: int) -> Iterator[StudyProgress]:
-        with bar("all nodes", total, "nodes") as task:
-            bars.update(task, left=None)
+    def together(self, total: int) -> Iterator[StudyProgress]:
+        with self.bar("all nodes", total, "nodes") as change:
+            change(left=None)
 
             def update(done: int, left: float | None) -> None:
-                nonlocal study_state
-                bars.update(task, completed=done, left=left)
+                change(completed=done, left=left)
                 time_left = "" if left is None else f", {in_words(left)} left"
-                study_state = f"  ({done} of {total} nodes done{time_left})"
+                self.study_state = f"  ({done} of {total} nodes done{time_left})"
 
             yield update
-
-    def say(line: str) -> None:
-        console.print(f"{time.strftime('%H:%M:%S')} {line}" if to_log else line, markup=False, soft_wrap=True)
-
-    return ProgressDisplay(say, node, together, task)
 
 
 @dataclass
