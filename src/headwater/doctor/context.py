@@ -139,15 +139,14 @@ class DoctorContext:
 
     def local(self, role: Role) -> list[str]:
         """The models of a role that no server holds: one, or `teacher.TAG` for each of a mapping."""
-        named = self.recipe.models.named(role)
-        if role == "expert" and not named:
-            named = {"models.expert": ""}  # has its own finding
-        return [name.removeprefix("models.") for name, where in named.items() if not is_served(where)]
+        models = self.recipe.models.by_role(role)
+        if role == "expert" and not models:
+            models = {"expert": ""}  # has its own finding
+        return [name for name, model in models.items() if not is_served(model)]
 
     @property
     def served_teachers(self) -> list[str]:
-        named = self.recipe.models.named("teacher")
-        return [name.removeprefix("models.") for name, where in named.items() if is_served(where)]
+        return [name for name, model in self.recipe.models.by_role("teacher").items() if is_served(model)]
 
     @property
     def _supervised(self) -> Iterator[tuple[TrainNode, Stage, Role]]:
@@ -173,8 +172,8 @@ class DoctorContext:
         stages: dict[tuple[str, str], list[str]] = {}
         plain: set[tuple[str, str]] = set()
         for node, _, base in self._supervised:
-            for name in self.recipe.models.named(base):
-                pair = base_of(node.start), name.removeprefix("models.")
+            for teacher in self.recipe.models.by_role(base):
+                pair = base_of(node.start), teacher
                 if node.aligns_tokenizers:
                     stages.setdefault(pair, []).append(self.recipe_stage(node))
                 else:

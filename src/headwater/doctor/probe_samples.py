@@ -81,9 +81,9 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     recipe, inputs = task.recipe, task.inputs
     stage = recipe.stages.require("teacher_rl" if role == "teacher" else "student_rl")
     started = time.perf_counter()
-    (field, name), *others = recipe.models.named(role).items()
-    if others or is_served(name):
-        raise UserError(f"{field}: probe measures one model whose weights are local; name a folder or a hub id")
+    (name, model), *others = recipe.models.by_role(role).items()
+    if others or is_served(model):
+        raise UserError(f"models.{name}: probe measures one model whose weights are local; name a folder or a hub id")
     policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
     prompter = inputs.prompter(policy.tokenizer, role)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in task.problems]

@@ -58,9 +58,9 @@ def model_shapes(inputs: RunInputs, roles: Sequence[Role] = ROLES) -> dict[Role,
     models = inputs.recipe.models
     shapes: dict[Role, Shape] = {}
     for role in roles:
-        named = models.named(role).items()
+        named = models.by_role(role).items()
         if named:  # of several teachers the largest
-            candidates = [model_shape(field, name, models.trust_remote_code) for field, name in named]
+            candidates = [model_shape(f"models.{name}", model, models.trust_remote_code) for name, model in named]
             shapes[role] = max(candidates, key=lambda shape: shape.matrix_parameters)
     return shapes
 
