@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,7 @@ class DoctorContext:
 
     def prompter(self, role: str) -> Prompter:
         """As in a run, but without a limit: a check measures how far over it a prompt is."""
-        prompter = self.inputs.prompter(self.inputs.tokenizer(role), role.partition(".")[0])
-        return replace(prompter, prompt=prompter.prompt.model_copy(update={"max_tokens": 1 << 40}))
+        return self.inputs.prompter(self.inputs.tokenizer(role), role.partition(".")[0]).without_limit()
 
     @property
     @read_once("config")

@@ -316,7 +316,7 @@ def _only(every: LoadedProblems, inside: set[str], keep: bool) -> LoadedProblems
 
 def longest_prompt(model: ModelFolder, template: str, problems: Sequence[Problem]) -> int:
     """Tokens of the longest prompt among the problems with the longest texts."""
-    prompter = Prompter(model.tokenizer, Prompt(template=template, max_tokens=1_000_000_000))
+    prompter = Prompter(model.tokenizer, Prompt(template=template)).without_limit()
     longest = sorted(problems, key=lambda problem: -len(problem.text))[:MEASURED_PROBLEMS]
     return max(len(prompter.ids(problem)) for problem in longest)
 
