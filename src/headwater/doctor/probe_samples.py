@@ -114,7 +114,7 @@ def spend_of(
 ) -> Spend:
     """Ledger row of sampling and grading rollouts on these labels since `started`."""
     sampled = sum(len(rollout.completion_ids) for rollout in rollouts)
-    read = sampled + sum(len(rollout.prompt_ids) for rollout in rollouts)
+    read = sum(rollout.length for rollout in rollouts)
     return Spend(
         node="probe",
         stage=stage,

@@ -62,7 +62,7 @@ def cache_node(node: CacheNode, context: NodeContext) -> dict[str, Any]:
     fault_points.failpoint("cache.saved")
     keep_rows(folder.ledger, lambda row: True)  # writes the file anew before it grows: another run may share it
     passes = [*sampled, *scored]
-    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in passes]
+    lengths = [rollout.length for rollout in passes]
     record(
         folder.ledger,
         replace(

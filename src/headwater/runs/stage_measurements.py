@@ -71,7 +71,7 @@ class StageMeasurements:
         )
         fault_points.failpoint("conditions.measured")
         rollouts = (*student_rollouts, *teacher_rollouts)
-        tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+        tokens = sum(rollout.length for rollout in rollouts)
         mean_context = tokens / len(rollouts) / 2
         tokens_sampled = sum(len(rollout.completion_ids) for rollout in student_rollouts)
         student_flops = self.policy.shape.flops(tokens + tokens_sampled, mean_context)

@@ -264,7 +264,7 @@ class PolicyRollouts:
 
     def _flops(self, sampled: Sequence[Row], kept: Sequence[Row], problems: Set[str]) -> float:
         """FLOPs of sampling (each prompt once per group) and of scoring the kept rows."""
-        lengths = [len(row.rollout.prompt_ids) + row.tokens for row in kept or sampled]
+        lengths = [row.rollout.length for row in kept or sampled]
         context = sum(lengths) / len(lengths) / 2
         tokens = sum(row.tokens for row in sampled) + sum(len(self.prompts[name]) for name in problems)
         flops = self.policy.shape.flops(tokens, context)

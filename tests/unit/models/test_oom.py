@@ -111,7 +111,7 @@ def test_scoring_halves_batch_on_oom_with_same_result(policy: Policy) -> None:
 
     budget = BatchBudget(4096)
     scores = budget.fit_passes(score, rollouts)
-    longest = max(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+    longest = max(rollout.length for rollout in rollouts)
     assert (
         token_budgets == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8]
         and budget.size == token_budgets[-1]
