@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -98,6 +99,12 @@ class RecipeError(UserError):
         super().__init__(f"{where}: {len(faults)} errors")
         lines = [one_line(f"{place}: {sentence}" if place else sentence) for place, sentence in faults]
         self.args = ("\n  ".join([*self.args, *lines]),)
+
+
+def require_package(field: str, package: str, extra: str) -> None:
+    """Raises UserError if a package of one of Headwater's extras is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{field}: needs {package}, which is not installed; pip install 'headwater[{extra}]'")
 
 
 class UnsupportedModelError(UserError):
