@@ -42,6 +42,11 @@ def error_text(error: BaseException | str, most: int = 200) -> str:
     return text or type(error).__name__
 
 
+def shortened(names: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """The first names, and the number of the others. Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?` with the known name closest to a misspelt one; empty if none is close.
 
