@@ -246,7 +246,7 @@ class DoctorContext:
         prompter = self.prompter(role)
         names = sorted(inputs.pools.all or inputs.unlabeled)[:problems]
         prompts = [(name, prompter.ids(inputs.problems[name])) for name in names]
-        requests = requests_for(prompts, SAMPLES, 0, self.seeds[0], "doctor", role)
+        requests = requests_for(prompts, SAMPLES, self.seeds[0], "doctor", role)
         started = time.perf_counter()
         try:
             rollouts = inputs.sampler(policy).sample(requests, shorter)

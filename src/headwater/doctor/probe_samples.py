@@ -94,7 +94,7 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
             graded = sample_and_grade(
                 inputs.sampler(policy),
                 # Both models use the same random numbers, as in evaluations, so that only the models differ.
-                requests_for(prompts, task.samples, 0, task.seed, "probe"),
+                requests_for(prompts, task.samples, task.seed, "probe"),
                 stage.sampling,
                 task.labels,
                 prompter,

@@ -91,7 +91,7 @@ def missing_requests(node: CacheNode, context: NodeContext, teacher: Supervisor,
     """Requests for the rollouts that the plan's stages read and the cache does not hold, in the order of the prompts."""
     prompter, inputs = context.prompter(node, teacher), context.inputs
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in inputs.prompts(node.pool, node.settings)]
-    requests = requests_for(prompts, node.settings.group_size, 0, node.seed, node.stage)
+    requests = requests_for(prompts, node.settings.group_size, node.seed, node.stage)
     read = sorted(epoch_order(len(requests), node.seed, 0)[: context.plan.cached_rollouts(node)])
     known = {rollout.key for rollout in kept}
     return [request for request in map(requests.__getitem__, read) if (request.problem_id, request.sample) not in known]

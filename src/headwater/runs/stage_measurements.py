@@ -154,7 +154,7 @@ class StageMeasurements:
         return [(problem.id, prompter.ids(problem)) for problem in self._problems]
 
     def _sample(self, model: Supervisor, *draw: str | int) -> list[Rollout]:
-        requests = requests_for(self._prompts, 1, 0, self.node.seed, "conditions", *draw)
+        requests = requests_for(self._prompts, 1, self.node.seed, "conditions", *draw)
         check_stop = self.context.progress.check_stop
         rollouts = self.context.sampler(model).sample(
             requests, self.node.settings.sampling, lambda finished: check_stop()

@@ -230,7 +230,7 @@ class PolicyRollouts:
         else:
             problems = self._order.step(step)
         prompts = [(problem, self.prompts[problem]) for problem in problems]
-        return requests_for(prompts, self.stage.group_size, 0, *self.draw, step, attempt)
+        return requests_for(prompts, self.stage.group_size, *self.draw, step, attempt)
 
     @cached_property
     def _order(self) -> PromptOrder:

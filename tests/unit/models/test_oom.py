@@ -145,7 +145,7 @@ class Cramped:
 
 
 def test_sampler_halves_batch_on_oom_and_reports_rollouts_once(policy: Policy) -> None:
-    wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, 0, "memory")
+    wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, "memory")
     expected = TorchSampler(policy).sample(wanted, Sampling(max_tokens=6))
     reported: list[tuple[str, int]] = []
     decoded: list[int] = []
@@ -165,7 +165,7 @@ def test_sampler_without_memory_for_one_sequence_stops(policy: Policy) -> None:
     def nothing_fits(batch: int) -> TorchSampler:
         raise OUT["cpu"]()
 
-    wanted = requests_for([("a", PROMPTS[0])], 4, 0, 0, "memory")
+    wanted = requests_for([("a", PROMPTS[0])], 4, 0, "memory")
     with pytest.raises(TrainingStoppedError, match="even with 1 sequence at a time"):
         OomRetrySampler(nothing_fits, BatchBudget(256)).sample(wanted, Sampling(max_tokens=4))
 

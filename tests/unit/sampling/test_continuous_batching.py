@@ -33,7 +33,7 @@ MIXED = PROMPTS + LONG
 
 
 def requests(samples: int = 4, prompts: tuple[tuple[int, ...], ...] = MIXED) -> list[Request]:
-    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "batching", 1)
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, "batching", 1)
 
 
 def outcomes(rollouts: list[Rollout]) -> list[tuple[str, int, tuple[int, ...], str]]:
@@ -122,7 +122,7 @@ def test_prefill_runs_each_distinct_prompt_once_within_token_budget(
     record_forward_ids(monkeypatch, forward_ids)
     monkeypatch.setattr(fast_decoder, "PREFILL_TOKENS", budget)
     # Every prompt is requested under two names; its eight samples enter at different times.
-    wanted_requests = [*requests(), *requests_for([(f"q{i}", prompt) for i, prompt in enumerate(MIXED)], 4, 0, "other")]
+    wanted_requests = [*requests(), *requests_for([(f"q{i}", prompt) for i, prompt in enumerate(MIXED)], 4, "other")]
     rollouts = TorchSampler(policy, batch=5).sample(wanted_requests, Sampling(max_tokens=12))
     prefills = [ids for ids in forward_ids if len(ids[0]) > 1]
     ran = Counter(
