@@ -162,7 +162,7 @@ def sampling_of(case: Case, root: Path) -> Step:
     prompts = [(problem.id, ids_of(policy, problem)) for problem in problems]
 
     def step(number: int) -> Figures:
-        requests = requests_for(prompts, case.group, 0, "benchmark", number)
+        requests = requests_for(prompts, case.group, "benchmark", number)
         rollouts = sampler.sample(requests, Sampling(max_tokens=case.new_tokens))
         return {"tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts)}
 

@@ -77,7 +77,7 @@ def held_out_texts(student: Policy, new_tokens: int) -> list[Rollout]:
     """What the untrained student writes to problems that nothing trains on."""
     prompter = Prompter(student.tokenizer, Prompt())
     prompts = [(problem.id, prompter.ids(problem)) for problem in problems_of(HELD_OUT, "eval")]
-    return TorchSampler(student).sample(requests_for(prompts, 1, 0, "held out"), Sampling(max_tokens=new_tokens))
+    return TorchSampler(student).sample(requests_for(prompts, 1, "held out"), Sampling(max_tokens=new_tokens))
 
 
 def kl(student: Policy, teacher: TranslatedTeacher, rollouts: Sequence[Rollout]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,11 @@ def error_text(error: BaseException | str, most: int = 200) -> str:
     if len(text) > most:
         text = f"{text[:most].rpartition(' ')[0] or text[:most]} …"
     return text or type(error).__name__
+
+
+def shortened(names: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """The first names, and the number of the others. Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -98,6 +104,12 @@ class RecipeError(UserError):
         super().__init__(f"{where}: {len(faults)} errors")
         lines = [one_line(f"{place}: {sentence}" if place else sentence) for place, sentence in faults]
         self.args = ("\n  ".join([*self.args, *lines]),)
+
+
+def require_package(field: str, package: str, extra: str) -> None:
+    """Raises UserError if a package of one of Headwater's extras is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{field}: needs {package}, which is not installed; pip install 'headwater[{extra}]'")
 
 
 class UnsupportedModelError(UserError):

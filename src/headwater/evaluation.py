@@ -13,7 +13,7 @@ import numpy as np
 
 from headwater import stats
 from headwater.config.recipe import Columns, Evaluate, Recipe, Source, parse_recipe
-from headwater.data.labels import Labels
+from headwater.data.labels import with_labels
 from headwater.data.sources import LoadedProblems, load
 from headwater.data.validate import failing
 from headwater.errors import TrainingStoppedError, UserError, did_you_mean
@@ -203,8 +203,7 @@ def _evaluate(
     rows, spent = evaluate(
         sampler,
         prompter,
-        loaded.problems,
-        Labels(loaded.gold, grade, len(loaded.gold)),
+        *with_labels(loaded, grade),
         section,
         (settings.seed, "eval", "eval"),
         task.extract,

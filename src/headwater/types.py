@@ -158,6 +158,11 @@ class Rollout:
     def key(self) -> RolloutKey:
         return self.problem_id, self.sample
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Rollout:
         """A rollout from its JSON fields, where tuples are lists."""

@@ -197,7 +197,7 @@ def test_checkpoint_of_device_continues_bitwise_and_loads_on_cpu(device: torch.d
 def sampled(
     policy: Policy, batch: int, order: Callable[[list[Any]], list[Any]] = list
 ) -> dict[tuple[str, int], Rollout]:
-    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, 0, "device")
+    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, "device")
     rollouts = TorchSampler(policy, batch).sample(order(requests), Sampling(max_tokens=24))
     return {(rollout.problem_id, rollout.sample): rollout for rollout in rollouts}
 

@@ -325,7 +325,7 @@ def test_transformers_gives_log_probs_of_trained_model() -> None:
     messages = [{"role": "user", "content": "17+45+82+03"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    wanted = requests_for([("p", prompt)], 3, 0, "draw")
+    wanted = requests_for([("p", prompt)], 3, "draw")
     for rollout in TorchSampler(ours).sample(wanted, Sampling(max_tokens=24)):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         logp = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]

@@ -89,7 +89,7 @@ def prompt_ids(policy: Policy, question: str) -> tuple[int, ...]:
 def rollouts_of(name: str) -> list[Rollout]:
     """Four completions of 16 tokens at most, sampled by the embedded sampler."""
     policy = policy_of(name)
-    requests = requests_for([(question, prompt_ids(policy, question)) for question in QUESTIONS], 2, 0, "real")
+    requests = requests_for([(question, prompt_ids(policy, question)) for question in QUESTIONS], 2, "real")
     return TorchSampler(policy).sample(requests, Sampling(max_tokens=16))
 
 

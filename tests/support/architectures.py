@@ -237,7 +237,7 @@ def sampling_of(policy: Policy) -> tuple[str, str]:
 
 
 def sampled(policy: Policy) -> list[Rollout]:
-    wanted = requests_for([(problem_id(str(prompt)), prompt) for prompt in PROMPTS], 2, 0, 0, "test")
+    wanted = requests_for([(problem_id(str(prompt)), prompt) for prompt in PROMPTS], 2, 0, "test")
     return TorchSampler(policy, batch=6).sample(wanted, Sampling(max_tokens=7))
 
 

@@ -30,7 +30,7 @@ BATCHES = (("first", 4, 4), ("again", 4, 4), ("one", 1, 1), ("uneven", 3, 1), ("
 
 
 def requests_of(prompts: int, samples: int) -> list[Request]:
-    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(PROMPTS[:prompts])], samples, 0, "ranks")
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(PROMPTS[:prompts])], samples, "ranks")
 
 
 def main() -> None:

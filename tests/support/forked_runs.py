@@ -183,7 +183,7 @@ def warm_up() -> None:
         ModelFolder.open("pocket:qwen3-student", "models.student"),
         LoadOptions(recipe.models, torch.device("cpu"), frozen=True),
     )
-    TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, 0, "warm"), Sampling(max_tokens=3))
+    TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, "warm"), Sampling(max_tokens=3))
     gc.freeze()  # the children's full collections then skip the objects of the libraries
 
 

@@ -116,7 +116,7 @@ def architecture(draw: random.Random, folder: Path) -> str:
 def compare_with_transformers(policy: Policy, folder: Path, what: str) -> None:
     """Sample three prompts of different lengths in one batch; score the completions in one; compare both with single rows."""
     prompts = [(1, 6, 15, 7, 2), (1, 14, 2), (1, 5, 5, 15, 13, 11, 15, 6, 2)]
-    wanted = requests_for([(problem_id(str(prompt)), prompt) for prompt in prompts], 1, 0, 0, "fuzz")
+    wanted = requests_for([(problem_id(str(prompt)), prompt) for prompt in prompts], 1, 0, "fuzz")
     rollouts = TorchSampler(policy).sample(wanted, Sampling(max_tokens=4))
     scored = torch.cat(logp_of(policy, rollouts, 64))
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

@@ -63,7 +63,7 @@ class Waiting:
 
 
 def requests(step: int) -> list[Request]:
-    return requests_for(PROMPTS, 8, 0, "overlap", step)
+    return requests_for(PROMPTS, 8, "overlap", step)
 
 
 def run(policy: Policy, copy: Policy, make_sampler: SamplerFactory, overlap: int, steps: int) -> dict[str, float]:

@@ -146,7 +146,7 @@ class Answering:
 
     def _sampled(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
         sampling = Sampling(max_tokens=body["max_tokens"], temperature=body["temperature"])
-        rollout = TorchSampler(self.policy).sample(requests_for([("x", tuple(ids))], 1, 0, body["seed"]), sampling)[0]
+        rollout = TorchSampler(self.policy).sample(requests_for([("x", tuple(ids))], 1, body["seed"]), sampling)[0]
         return {
             "token_ids": list(rollout.completion_ids),
             "logprobs": {"token_logprobs": list(rollout.sampler_logp)},

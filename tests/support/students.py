@@ -48,7 +48,7 @@ def loaded(where: str | Path) -> Policy:
 
 
 def texts(policy: Policy) -> list[Rollout]:
-    requests = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 4, 0, "texts")
+    requests = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 4, "texts")
     return TorchSampler(policy).sample(requests, Sampling(max_tokens=24))
 
 

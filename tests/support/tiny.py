@@ -135,9 +135,7 @@ def sampled_rows(
     make_sampler: SamplerFactory = TorchSampler,
 ) -> list[Row]:
     """Rollouts of a policy on the first PROMPTS, with ±1 advantages that differ within each group."""
-    wanted = requests_for(
-        [(problem_id(str(prompt)), prompt) for prompt in PROMPTS[:groups]], group_size, 0, draw, "test"
-    )
+    wanted = requests_for([(problem_id(str(prompt)), prompt) for prompt in PROMPTS[:groups]], group_size, draw, "test")
     rollouts = make_sampler(policy).sample(wanted, Sampling(max_tokens=max_tokens, temperature=temperature))
     return [Row(rollout, advantage=1.0 if index % 2 else -1.0) for index, rollout in enumerate(rollouts)]
 

@@ -161,7 +161,7 @@ def test_kernels_do_not_depend_on_number_of_threads(fast: Kernels) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
 def test_sampling_without_kernels_draws_same_tokens(fast: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(name)
-    requests = requests_for([(str(row), ids) for row, ids in enumerate(PROMPTS)], 4, 0, "native")
+    requests = requests_for([(str(row), ids) for row, ids in enumerate(PROMPTS)], 4, "native")
     with_them = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
     for module in (fast_weights, token_draws):
         monkeypatch.setattr(module, "kernels", lambda: None)

@@ -227,9 +227,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     policy = load_policy(ModelFolder.open(name, "pretrain desk"), LoadOptions(models, device, frozen=True))
     prompter = Prompter(policy.tokenizer, config.Prompt())
     labeled = [(Problem.of(text, "words:eval"), gold) for text, gold in generate(count, "eval", seed, dials)]
-    requests = requests_for(
-        [(problem.id, prompter.ids(problem)) for problem, _ in labeled], 1, 0, "pretrain desk", seed
-    )
+    requests = requests_for([(problem.id, prompter.ids(problem)) for problem, _ in labeled], 1, "pretrain desk", seed)
     rollouts = TorchSampler(policy).sample(requests, config.Sampling(max_tokens=MEASURED_TOKENS))
     texts = [prompter.completion(rollout.completion_ids) for rollout in rollouts]
     return sample_stats(

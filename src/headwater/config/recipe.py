@@ -50,15 +50,15 @@ class Models(Strict):
 
     LATER = frozenset({"teacher_tokenizer"})
 
-    def named(self, role: str) -> dict[str, str]:
-        """Field -> model name of a role; empty if the recipe names none.
+    def by_role(self, role: str) -> dict[str, str]:
+        """Role, or `role.TAG` for each of a mapping -> model name; empty if the recipe names none.
 
-        Example: `{"models.teacher": "/models/t"}`, or `{"models.teacher.code": …, "models.teacher.maths": …}`.
+        Example: `{"teacher": "/models/t"}`, or `{"teacher.code": …, "teacher.maths": …}`.
         """
         names = getattr(self, role)
         if isinstance(names, dict):
-            return {f"models.{role}.{tag}": name for tag, name in sorted(names.items())}
-        return {} if names is None else {f"models.{role}": names}
+            return {f"{role}.{tag}": name for tag, name in sorted(names.items())}
+        return {} if names is None else {role: names}
 
 
 class Columns(Strict):

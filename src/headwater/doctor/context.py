@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +139,14 @@ class DoctorContext:
 
     def local(self, role: Role) -> list[str]:
         """The models of a role that no server holds: one, or `teacher.TAG` for each of a mapping."""
-        named = self.recipe.models.named(role)
-        if role == "expert" and not named:
-            named = {"models.expert": ""}  # has its own finding
-        return [name.removeprefix("models.") for name, where in named.items() if not is_served(where)]
+        models = self.recipe.models.by_role(role)
+        if role == "expert" and not models:
+            models = {"expert": ""}  # has its own finding
+        return [name for name, model in models.items() if not is_served(model)]
 
     @property
     def served_teachers(self) -> list[str]:
-        named = self.recipe.models.named("teacher")
-        return [name.removeprefix("models.") for name, where in named.items() if is_served(where)]
+        return [name for name, model in self.recipe.models.by_role("teacher").items() if is_served(model)]
 
     @property
     def _supervised(self) -> Iterator[tuple[TrainNode, Stage, Role]]:
@@ -173,8 +172,8 @@ class DoctorContext:
         stages: dict[tuple[str, str], list[str]] = {}
         plain: set[tuple[str, str]] = set()
         for node, _, base in self._supervised:
-            for name in self.recipe.models.named(base):
-                pair = base_of(node.start), name.removeprefix("models.")
+            for teacher in self.recipe.models.by_role(base):
+                pair = base_of(node.start), teacher
                 if node.aligns_tokenizers:
                     stages.setdefault(pair, []).append(self.recipe_stage(node))
                 else:
@@ -194,8 +193,7 @@ class DoctorContext:
 
     def prompter(self, role: str) -> Prompter:
         """As in a run, but without a limit: a check measures how far over it a prompt is."""
-        prompter = self.inputs.prompter(self.inputs.tokenizer(role), role.partition(".")[0])
-        return replace(prompter, prompt=prompter.prompt.model_copy(update={"max_tokens": 1 << 40}))
+        return self.inputs.prompter(self.inputs.tokenizer(role), role.partition(".")[0]).without_limit()
 
     @property
     @read_once("config")
@@ -248,7 +246,7 @@ class DoctorContext:
         prompter = self.prompter(role)
         names = sorted(inputs.pools.all or inputs.unlabeled)[:problems]
         prompts = [(name, prompter.ids(inputs.problems[name])) for name in names]
-        requests = requests_for(prompts, SAMPLES, 0, self.seeds[0], "doctor", role)
+        requests = requests_for(prompts, SAMPLES, self.seeds[0], "doctor", role)
         started = time.perf_counter()
         try:
             rollouts = inputs.sampler(policy).sample(requests, shorter)

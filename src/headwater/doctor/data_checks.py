@@ -10,8 +10,8 @@ from headwater.data.contamination import find_leaks
 from headwater.data.sources import LoadedProblems
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, few, note, try_each, warning
-from headwater.errors import UserError
+from headwater.doctor.finding import Finding, error, note, try_each, warning
+from headwater.errors import UserError, shortened
 from headwater.runs.inputs import VALIDATION
 from headwater.tasks import sandbox
 
@@ -40,7 +40,7 @@ def _graded(context: DoctorContext) -> dict[str, LoadedProblems]:
 def answers(context: DoctorContext) -> Iterator[Finding]:
     for name, loaded in _graded(context).items():
         if loaded.without_answer:
-            rows = few([str(loaded.rows[id_][0]) for id_ in loaded.without_answer])
+            rows = shortened([str(loaded.rows[id_][0]) for id_ in loaded.without_answer])
             yield error(
                 "label-without-answer",
                 f"{name}: {len(loaded.without_answer)} of {len(loaded.problems)} problems have no answer (rows {rows})",
@@ -72,7 +72,7 @@ def golds(context: DoctorContext) -> Iterator[Finding]:
                 "gold-fails-grader",
                 "error" if wrong_task else "warning",
                 f"{name}: {len(failed)} of {len(pairs)} labels do not grade correct against themselves under task "
-                f"{task}: {few(failed)}",
+                f"{task}: {shortened(failed)}",
                 "a label that fails its own grader is wasted: fix or remove it, or choose another task",
             )
 
@@ -99,7 +99,7 @@ def contamination(context: DoctorContext) -> Iterator[Finding]:
             yield warning(
                 "evaluation-leak",
                 f"{name}: {len(shared)} problems are also in {held_out if held_out == VALIDATION else f'data.evals.{held_out}'}, "
-                f"{exact} of them word for word ({few([leak.problem_id for leak in shared])}); they are left out of training",
+                f"{exact} of them word for word ({shortened([leak.problem_id for leak in shared])}); they are left out of training",
                 "nothing, unless they are many: then check the models' pretraining data for the same",
             )
 
@@ -117,7 +117,7 @@ def repeats(context: DoctorContext) -> Iterator[Finding]:
             rows = [" and ".join(map(str, loaded.rows[id_][:2])) for id_ in loaded.contradictions]
             yield warning(
                 "contradicting-answers",
-                f"{name}: {len(loaded.contradictions)} problems have several different answers (rows {few(rows)}); left out",
+                f"{name}: {len(loaded.contradictions)} problems have several different answers (rows {shortened(rows)}); left out",
                 "keep the right answer and remove the others",
             )
 
@@ -136,7 +136,7 @@ def evaluations(context: DoctorContext) -> Iterator[Finding]:
         if shared:
             yield warning(
                 "evaluations-overlap",
-                f"data.evals.{first} and data.evals.{second} share {len(shared)} problems ({few(shared)}), so their results are "
+                f"data.evals.{first} and data.evals.{second} share {len(shared)} problems ({shortened(shared)}), so their results are "
                 "not independent",
                 "remove the shared problems from one of them",
             )
@@ -149,7 +149,7 @@ def halves(context: DoctorContext) -> Iterator[Finding]:
     if both:
         yield error(
             "halves-overlap",
-            f"labels.budget: {len(both)} problems are in both halves ({few(sorted(both))})",
+            f"labels.budget: {len(both)} problems are in both halves ({shortened(sorted(both))})",
             "report a bug: halves are split by content hash and must be disjoint",
         )
     sizes = len(pools.first_half), len(pools.second_half)

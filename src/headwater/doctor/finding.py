@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from headwater.runs.read_once import InputError, Part
-
-SHOWN = 3
-"""Names in a finding's evidence; of more, the number."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,6 @@ def warning(name: str, evidence: str, remedy: str) -> Finding:
 
 def note(name: str, evidence: str, remedy: str) -> Finding:
     return Finding(name, "note", evidence, remedy)
-
-
-def few(names: Sequence[str], separator: str = ", ") -> str:
-    """The first names, and the number of the others. Example: `few(["a", "b", "c", "d", "e"])` is `"a, b, c and 2 more"`."""
-    return separator.join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def told_once(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -169,10 +169,10 @@ def fitted_stage(read: Callable[[Mapping[str, Any]], Recipe], device_name: str) 
     ((stage, settings),) = recipe.stages.named.items()
     field_ = "data.labeled" if settings.needs_labels else "data.unlabeled"
     folders = [
-        ModelFolder.open(name, field, recipe.models.trust_remote_code)
+        ModelFolder.open(model, f"models.{name}", recipe.models.trust_remote_code)
         for role in ("student", "teacher")
-        for field, name in recipe.models.named(role).items()
-        if not is_served(name)
+        for name, model in recipe.models.by_role(role).items()
+        if not is_served(model)
     ]
     device, student = device_facts(device_name), folders[0]
     facts = [model_facts(folder) for folder in folders]
@@ -316,7 +316,7 @@ def _only(every: LoadedProblems, inside: set[str], keep: bool) -> LoadedProblems
 
 def longest_prompt(model: ModelFolder, template: str, problems: Sequence[Problem]) -> int:
     """Tokens of the longest prompt among the problems with the longest texts."""
-    prompter = Prompter(model.tokenizer, Prompt(template=template, max_tokens=1_000_000_000))
+    prompter = Prompter(model.tokenizer, Prompt(template=template)).without_limit()
     longest = sorted(problems, key=lambda problem: -len(problem.text))[:MEASURED_PROBLEMS]
     return max(len(prompter.ids(problem)) for problem in longest)
 

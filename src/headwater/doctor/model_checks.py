@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from headwater.doctor.context import MAX_COMPARED_CHARACTERS, DoctorContext
-from headwater.doctor.finding import Finding, error, few, note, try_each, warning
-from headwater.errors import UserError
+from headwater.doctor.finding import Finding, error, note, try_each, warning
+from headwater.errors import UserError, shortened
 from headwater.models.adapter_coverage import coverage
 from headwater.models.prompts import turn_end
 from headwater.models.tokenizer import refuse_different_tokens
@@ -56,7 +56,7 @@ def adapters(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "adapters-cover-part",
             "warning" if partial else "note",
-            f"models.{role}: adapters cover {covered.share:.0%} of the layers' weights; not adapted: {few(list(covered.others))}",
+            f"models.{role}: adapters cover {covered.share:.0%} of the layers' weights; not adapted: {shortened(list(covered.others))}",
             f"nothing, if that is intended; otherwise set models.lora.targets to {targets}",
         )
 

@@ -81,9 +81,9 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     recipe, inputs = task.recipe, task.inputs
     stage = recipe.stages.require("teacher_rl" if role == "teacher" else "student_rl")
     started = time.perf_counter()
-    (field, name), *others = recipe.models.named(role).items()
-    if others or is_served(name):
-        raise UserError(f"{field}: probe measures one model whose weights are local; name a folder or a hub id")
+    (name, model), *others = recipe.models.by_role(role).items()
+    if others or is_served(model):
+        raise UserError(f"models.{name}: probe measures one model whose weights are local; name a folder or a hub id")
     policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
     prompter = inputs.prompter(policy.tokenizer, role)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in task.problems]
@@ -94,7 +94,7 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
             graded = sample_and_grade(
                 inputs.sampler(policy),
                 # Both models use the same random numbers, as in evaluations, so that only the models differ.
-                requests_for(prompts, task.samples, 0, task.seed, "probe"),
+                requests_for(prompts, task.samples, task.seed, "probe"),
                 stage.sampling,
                 task.labels,
                 prompter,
@@ -114,7 +114,7 @@ def spend_of(
 ) -> Spend:
     """Ledger row of sampling and grading rollouts on these labels since `started`."""
     sampled = sum(len(rollout.completion_ids) for rollout in rollouts)
-    read = sampled + sum(len(rollout.prompt_ids) for rollout in rollouts)
+    read = sum(rollout.length for rollout in rollouts)
     return Spend(
         node="probe",
         stage=stage,

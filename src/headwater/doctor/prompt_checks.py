@@ -9,7 +9,8 @@ from html import unescape
 from typing import Any, Literal
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, few, note, warning
+from headwater.doctor.finding import Finding, error, note, warning
+from headwater.errors import shortened
 from headwater.models.prompts import Prompter, reads_clock, special_tokens, spelt_template
 from headwater.models.rope import mixed_lengths, positions
 from headwater.sampling.vllm_sampler import max_sequence_tokens
@@ -206,7 +207,7 @@ def control_tokens(context: DoctorContext) -> Iterator[Finding]:
     names = control_tokens_of(context.inputs.tokenizer("student"))
     spelt = {problem: names.keys() & ids for problem, ids in context.problem_ids if not names.keys().isdisjoint(ids)}
     if spelt:
-        shown = few([f"{names[min(ids)]} in {problem.name}" for problem, ids in spelt.items()], "; ")
+        shown = shortened([f"{names[min(ids)]} in {problem.name}" for problem, ids in spelt.items()], separator="; ")
         yield warning(
             "control-tokens-in-problems",
             f"models.student: {len(spelt)} of {len(context.problem_ids)} problems spell control tokens, which its tokenizer does "

@@ -45,7 +45,7 @@ def engine(context: DoctorContext) -> Iterator[Finding]:
 def teacher_form(context: DoctorContext) -> Iterator[Finding]:
     """A teacher behind a server, or a mapping of teachers, cannot do all that a model in one folder can."""
     teacher = context.recipe.models.teacher
-    servers = [name for name in context.recipe.models.named("teacher").values() if is_served(name)]
+    servers = [name for name in context.recipe.models.by_role("teacher").values() if is_served(name)]
     if not servers and not isinstance(teacher, dict):
         return
     form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
@@ -89,7 +89,7 @@ def one_tokenizer(context: DoctorContext) -> Iterator[Finding]:
     stages = [context.recipe_stage(node) for node, _ in context.training if node.aligns_tokenizers]
     if not stages or not isinstance(context.recipe.models.teacher, dict):
         return
-    first, *others = (name.removeprefix("models.") for name in context.recipe.models.named("teacher"))
+    first, *others = context.recipe.models.by_role("teacher")
     for other in others:
         if token_pair(context.inputs, first, other) is not None:
             yield cannot_run(

@@ -120,7 +120,7 @@ def whole_completions(context: DoctorContext, role: str, sample: Sample) -> tupl
     """
     prompts = list(dict.fromkeys((rollout.problem_id, rollout.prompt_ids) for rollout in sample.rollouts))
     samples = len(sample.rollouts) // len(prompts)
-    requests = requests_for(prompts, samples, 0, context.seeds[0], "doctor", role)
+    requests = requests_for(prompts, samples, context.seeds[0], "doctor", role)
     ended: list[Rollout] = []
     deadline = time.perf_counter() + LENGTH_SECONDS
 

@@ -151,7 +151,7 @@ def microbatches(rows: Sequence[Row], tokens: int, pads: bool = True) -> Iterato
 
     pads  whether rows of different lengths may be in one part
     """
-    return padded_parts(rows, lambda row: len(row.rollout.prompt_ids) + row.tokens, tokens, pads)
+    return padded_parts(rows, lambda row: row.rollout.length, tokens, pads)
 
 
 def padded_parts(items: Sequence[T], length: Callable[[T], int], tokens: int, pads: bool) -> Iterator[list[T]]:

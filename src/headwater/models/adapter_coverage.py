@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from headwater.config.lora import Lora
-from headwater.errors import UserError
+from headwater.errors import UserError, require_package
 from headwater.models.folder import ModelFolder
-from headwater.models.lora import Adapter, require_package
+from headwater.models.lora import Adapter
 from headwater.models.lora_targets import inject, peft_config, weight_name
 from headwater.models.shape import empty_model
 from headwater.models.untrusted_files import as_user_error

@@ -13,11 +13,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from headwater.distributed.checkpoint_io import local_shard
-from headwater.errors import UserError
+from headwater.errors import UserError, require_package
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
 from headwater.models.folder import ModelFolder
-from headwater.models.lora import require_package
 from headwater.models.untrusted_files import as_user_error
 
 PASSED = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from headwater import seeds
 from headwater.config.lora import Lora
 from headwater.distributed.process_group import full_tensor, local_tensor
-from headwater.errors import UserError
+from headwater.errors import UserError, require_package
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
 from headwater.models.folder import ModelFolder
@@ -188,12 +187,6 @@ def low_rank_pair(layer: Any) -> tuple[Tensor, Tensor]:
     """(down (r, inputs), up (outputs, r)) of a layer's adapter, with its scaling in `up`: y = x Wᵀ + x downᵀ upᵀ."""
     down, up = layer.lora_A[TRAINED].weight.detach(), layer.lora_B[TRAINED].weight.detach()
     return down, up * layer.scaling[TRAINED]
-
-
-def require_package(field: str, package: str, extra: str) -> None:
-    """Raises UserError if a package of one of Headwater's extras is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{field}: needs {package}, which is not installed; pip install 'headwater[{extra}]'")
 
 
 def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder | None) -> Adapter:

@@ -68,7 +68,7 @@ class BatchBudget:
 
         settings  recipe settings that would lower the memory of these passes
         """
-        longest = max((len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts), default=1)
+        longest = max((rollout.length for rollout in rollouts), default=1)
         remedies = ["shorten sampling.max_tokens or prompt.max_tokens", *(f"set {setting}" for setting in settings)]
         remedy = f"{', '.join(remedies)}, or take a larger device"
         return self.fit(attempt, longest * max(1, len(rollouts)), longest, "tokens (the longest row alone)", remedy)

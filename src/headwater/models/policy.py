@@ -104,7 +104,7 @@ class Policy:
 
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
         """FLOPs of running these rows forward (1) or forward and backward (3); a packed shared prompt counts once."""
-        lengths = [len(row.rollout.prompt_ids) + row.tokens for row in rows]
+        lengths = [row.rollout.length for row in rows]
         if not lengths:
             return 0.0
         tokens = packed_tokens(rows) if self.supports_packing else sum(lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
@@ -46,6 +47,10 @@ class Prompter:
     day: date | None = None
     context: str | None = None
     """Replaces `{context}` in the template."""
+
+    def without_limit(self) -> Prompter:
+        """The same prompter, which takes prompts of any length."""
+        return replace(self, prompt=self.prompt.model_copy(update={"max_tokens": sys.maxsize}))
 
     @property
     def has_template(self) -> bool:

@@ -17,8 +17,7 @@ from typing import Any, Literal
 from headwater.config.arms import ARMS, OWN_STAGES, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
-from headwater.errors import UserError
-from headwater.report.format import shortened
+from headwater.errors import UserError, shortened
 from headwater.report.label_use import labels_shown
 from headwater.report.study import Node, require_run
 from headwater.runs.node import CacheNode, EvaluateNode, StageNode, TrainNode

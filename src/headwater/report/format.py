@@ -64,11 +64,6 @@ def counted(number: float, noun: str) -> str:
     return f"{count(number)} {noun}{'s' * (number != 1)}"
 
 
-def shortened(names: Sequence[str], most: int = 3) -> str:
-    """Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def training_costs(arm: dict[str, Any]) -> str:
     """Costs of an arm of report.json. Example: `256 labels, 1.46 TFLOPs and 38 s of training`; empty for an untrained model."""
     if not arm["flops"]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from headwater.errors import shortened
 from headwater.report import figures
 from headwater.report.contrasts import accuracy
 from headwater.report.figures import Series, file_stem
-from headwater.report.format import shortened
 from headwater.report.stages import STAGE_NAMES, stage_name, values_at_common_steps
 from headwater.report.study import Node, Study, finite_values
 from headwater.report.view import Section

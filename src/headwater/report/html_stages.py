@@ -7,10 +7,11 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
+from headwater.errors import shortened
 from headwater.report import figures
 from headwater.report.conditions import distance
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
-from headwater.report.format import percent, shortened
+from headwater.report.format import percent
 from headwater.report.html_curves import HELD_OUT_METRICS, TITLES, panels_by_stage
 from headwater.report.stages import C2_MEASURES, accuracy_and_best, accuracy_steps, largest_k, stage_name
 from headwater.report.study import POOL_TEXT, Study

@@ -62,7 +62,7 @@ def cache_node(node: CacheNode, context: NodeContext) -> dict[str, Any]:
     fault_points.failpoint("cache.saved")
     keep_rows(folder.ledger, lambda row: True)  # writes the file anew before it grows: another run may share it
     passes = [*sampled, *scored]
-    lengths = [len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in passes]
+    lengths = [rollout.length for rollout in passes]
     record(
         folder.ledger,
         replace(
@@ -91,7 +91,7 @@ def missing_requests(node: CacheNode, context: NodeContext, teacher: Supervisor,
     """Requests for the rollouts that the plan's stages read and the cache does not hold, in the order of the prompts."""
     prompter, inputs = context.prompter(node, teacher), context.inputs
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in inputs.prompts(node.pool, node.settings)]
-    requests = requests_for(prompts, node.settings.group_size, 0, node.seed, node.stage)
+    requests = requests_for(prompts, node.settings.group_size, node.seed, node.stage)
     read = sorted(epoch_order(len(requests), node.seed, 0)[: context.plan.cached_rollouts(node)])
     known = {rollout.key for rollout in kept}
     return [request for request in map(requests.__getitem__, read) if (request.problem_id, request.sample) not in known]

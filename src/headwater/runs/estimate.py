@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,9 +57,9 @@ def model_shapes(inputs: RunInputs, roles: Sequence[Role] = ROLES) -> dict[Role,
     models = inputs.recipe.models
     shapes: dict[Role, Shape] = {}
     for role in roles:
-        named = models.named(role).items()
+        named = models.by_role(role).items()
         if named:  # of several teachers the largest
-            candidates = [model_shape(field, name, models.trust_remote_code) for field, name in named]
+            candidates = [model_shape(f"models.{name}", model, models.trust_remote_code) for name, model in named]
             shapes[role] = max(candidates, key=lambda shape: shape.matrix_parameters)
     return shapes
 
@@ -88,11 +87,10 @@ class Estimator:
 
         Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
         """
-        inputs, prompt = self.inputs, self.inputs.recipe.prompt
+        inputs = self.inputs
         if inputs.missing or not inputs.model_folder("student").is_local:
-            return float(prompt.max_tokens)
-        unbounded = prompt.model_copy(update={"max_tokens": sys.maxsize})
-        prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
+            return float(inputs.recipe.prompt.max_tokens)
+        prompter = inputs.prompter(inputs.tokenizer("student")).without_limit()
         lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
         return max(lengths) if self.assumptions.mean_tokens is None else sum(lengths) / len(lengths)
 

@@ -14,7 +14,7 @@ from headwater.teachers.server_client import is_served
 
 def named_models(models: Models) -> dict[str, str]:
     """Field -> name of every base model."""
-    return {field: name for role in ROLES for field, name in models.named(role).items()}
+    return {f"models.{name}": model for role in ROLES for name, model in models.by_role(role).items()}
 
 
 def refuse_unreachable_hub(models: Models) -> None:

@@ -261,10 +261,10 @@ class RunInputs:
 
     def field_and_name(self, role: str) -> tuple[str, str]:
         """The recipe's field for a role, and the model that it names."""
-        named, field_ = self.recipe.models.named(role.partition(".")[0]), f"models.{role}"
-        if field_ not in named:
+        models, field_ = self.recipe.models.by_role(role.partition(".")[0]), f"models.{role}"
+        if role not in models:
             raise InputError("model", f"{field_}: an arm needs this model, and the recipe names none")
-        return field_, named[field_]
+        return field_, models[role]
 
     @read_once("model")
     def model_folder(self, role: str) -> ModelFolder:
@@ -316,10 +316,8 @@ class RunInputs:
     @read_once("tokenizer")
     def template_day(self, role: str) -> str | None:
         """The day, if a template that renders prompts for this role reads the clock; a served teacher's are the student's."""
-        roles = [
-            "student" if is_served(name) else field_.removeprefix("models.")
-            for field_, name in self.recipe.models.named(role).items()
-        ]
+        models = self.recipe.models.by_role(role)
+        roles = ["student" if is_served(model) else name for name, model in models.items()]
         reads_day = self.day is not None and any(reads_clock(self.tokenizer(name)) for name in roles)
         return str(self.day) if reads_day else None
 
@@ -360,13 +358,13 @@ class RunInputs:
 
         Raises InputError if the recipe has no such model or it is not to be found.
         """
-        named = self.recipe.models.named(role)
-        if not named:
+        models = self.recipe.models.by_role(role)
+        if not models:
             self.field_and_name(role)
         prints = {}
-        for field_, name in named.items():
-            source = self.server if is_served(name) else self.model_folder
-            prints[field_] = source(field_.removeprefix("models.")).fingerprint
+        for name, model in models.items():
+            source = self.server if is_served(model) else self.model_folder
+            prints[f"models.{name}"] = source(name).fingerprint
         if len(prints) == 1:
             return next(iter(prints.values()))
         tags = sorted((problem.id, problem.tag) for problem in self.all_problems)

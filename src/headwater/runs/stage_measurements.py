@@ -71,7 +71,7 @@ class StageMeasurements:
         )
         fault_points.failpoint("conditions.measured")
         rollouts = (*student_rollouts, *teacher_rollouts)
-        tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+        tokens = sum(rollout.length for rollout in rollouts)
         mean_context = tokens / len(rollouts) / 2
         tokens_sampled = sum(len(rollout.completion_ids) for rollout in student_rollouts)
         student_flops = self.policy.shape.flops(tokens + tokens_sampled, mean_context)
@@ -154,7 +154,7 @@ class StageMeasurements:
         return [(problem.id, prompter.ids(problem)) for problem in self._problems]
 
     def _sample(self, model: Supervisor, *draw: str | int) -> list[Rollout]:
-        requests = requests_for(self._prompts, 1, 0, self.node.seed, "conditions", *draw)
+        requests = requests_for(self._prompts, 1, self.node.seed, "conditions", *draw)
         check_stop = self.context.progress.check_stop
         rollouts = self.context.sampler(model).sample(
             requests, self.node.settings.sampling, lambda finished: check_stop()

@@ -6,7 +6,6 @@ Trackers read metrics.jsonl, so the training loop does not know about them, whic
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from headwater import plugins
-from headwater.errors import UserError
+from headwater.errors import UserError, require_package
 from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.storage.files import read_json, read_rows_from, write_json
 from headwater.storage.run_dir import RunDir
@@ -98,10 +97,7 @@ def openers(trackers: Sequence[str | Opener], callbacks: Sequence[Callback] = ()
         if not isinstance(tracker, str):
             functions[f"{tracker.__module__}:{tracker.__qualname__}"] = tracker
         elif tracker in TRACKERS:
-            if importlib.util.find_spec(tracker) is None:
-                raise UserError(
-                    f"--track {tracker}: needs {tracker}, which is not installed; pip install 'headwater[{tracker}]'"
-                )
+            require_package(f"--track {tracker}", tracker, tracker)
             functions[tracker] = TRACKERS[tracker]
         else:
             function = plugins.find("tracker", tracker)

@@ -87,7 +87,7 @@ def ahead_sampler(node: TrainNode, context: NodeContext, policy: Policy, steps: 
 
 def guards_of(recipe: Recipe) -> Guards:
     """The recipe's guards without `teacher_jump` where every teacher is in this process: its weights change only as the recipe says."""
-    if any(is_served(name) for name in recipe.models.named("teacher").values()):
+    if any(is_served(name) for name in recipe.models.by_role("teacher").values()):
         return recipe.guards
     off = recipe.guards.teacher_jump.model_copy(update={"action": "off"})
     return recipe.guards.model_copy(update={"teacher_jump": off})
@@ -364,7 +364,7 @@ def model_card(node: TrainNode, context: NodeContext, steps: int) -> str:
     if isinstance(node.start, Node):
         start = context.plan.names[node.start]
     else:
-        start = ", ".join(recipe.models.named(node.start).values())
+        start = ", ".join(recipe.models.by_role(node.start).values())
     stage = node.settings
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"

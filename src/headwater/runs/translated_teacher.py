@@ -25,8 +25,8 @@ def translated_teacher(model: Teacher, roles: tuple[str, str], dense: Dense, inp
     own_prompt, aligns = inputs.recipe.prompt.teacher is not None and learner == "student", dense.tokenizers != "same"
     if not (own_prompt or aligns):
         return model
-    field = next(iter(inputs.recipe.models.named(role))).removeprefix("models.")
-    pair = token_pair(inputs, learner, field) if aligns else None
+    first_teacher = next(iter(inputs.recipe.models.by_role(role)))
+    pair = token_pair(inputs, learner, first_teacher) if aligns else None
     problems = {p.id: p for p in inputs.all_problems}
     contexts = inputs.contexts if learner == "student" else {}
 

@@ -74,12 +74,10 @@ SamplerFactory = Callable[[Policy], Sampler]
 """policy -> its sampler, with the weights that the policy has when `sample` is called."""
 
 
-def requests_for(
-    prompts: Sequence[tuple[str, tuple[int, ...]]], samples: int, first: int, *rng_key: str | int
-) -> list[Request]:
-    """`samples` requests for every (problem id, prompt ids), numbered from `first`, with RNG keys (*rng_key, id, sample)."""
+def requests_for(prompts: Sequence[tuple[str, tuple[int, ...]]], samples: int, *rng_key: str | int) -> list[Request]:
+    """`samples` requests for every (problem id, prompt ids), with RNG keys (*rng_key, id, sample)."""
     return [
         Request(problem_id, sample, prompt_ids, (*rng_key, problem_id, sample))
         for problem_id, prompt_ids in prompts
-        for sample in range(first, first + samples)
+        for sample in range(samples)
     ]

@@ -194,29 +194,30 @@ def load_base_teacher(
     Raises UserError.
     """
     loaded: dict[str, SingleTeacher] = {}
-    for field, name in recipe.models.named("teacher").items():
+    for role, name in recipe.models.by_role("teacher").items():
+        field = f"models.{role}"
         if server_client.is_served(name):
-            loaded[field] = replace(_served_teacher(recipe, field, name, stage, device), ranks=ranks)
+            loaded[role] = replace(_served_teacher(recipe, field, name, stage, device), ranks=ranks)
         else:
             folder = ModelFolder.open(name, field, recipe.models.trust_remote_code)
             policy = load_policy(folder, LoadOptions(recipe.models, device, frozen=True, ranks=ranks))
-            loaded[field] = offload_if_configured(policy, recipe, make_sampler)
+            loaded[role] = offload_if_configured(policy, recipe, make_sampler)
     if not isinstance(recipe.models.teacher, dict):
         return next(iter(loaded.values()))
-    widths = {field: teacher.vocabulary for field, teacher in loaded.items()}
+    widths = {role: teacher.vocabulary for role, teacher in loaded.items()}
     if len(set(widths.values())) > 1:
         raise UserError(
             "models.teacher: its models have output layers of different widths ("
-            + ", ".join(f"{field.rpartition('.')[2]} {width}" for field, width in widths.items())
+            + ", ".join(f"{role.rpartition('.')[2]} {width}" for role, width in widths.items())
             + "), so one batch cannot hold their distributions"
         )
     served = [teacher for teacher in loaded.values() if isinstance(teacher, ServedTeacher)]
     candidates = served[0].candidates if served and all(map(uses_candidates, served)) else "teacher"
     teachers = {
-        field.removeprefix("models.teacher."): replace(teacher, candidates=candidates)
+        role.removeprefix("teacher."): replace(teacher, candidates=candidates)
         if isinstance(teacher, ServedTeacher)
         else teacher
-        for field, teacher in loaded.items()
+        for role, teacher in loaded.items()
     }
     tags = {problem.id: problem.tag for problem in problems}
     return TaggedTeachers(teachers, tags, make_sampler, top_k_of(stage) if served else None, ranks, candidates)

@@ -136,7 +136,7 @@ class ServedTeacher:
 
     def _top_k(self, choice: Answer, rollout: Rollout) -> TopK:
         positions = choice.get("prompt_logprobs")
-        start, stop = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.completion_ids)
+        start, stop = len(rollout.prompt_ids), rollout.length
         if not isinstance(positions, list) or len(positions) != stop:
             raise self._error("gives no prompt_logprobs, which scoring needs; serve the model with vLLM")
         width = min(self.top_k, self.vocabulary) or 1
@@ -246,12 +246,11 @@ def batched(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
     batches: list[list[Rollout]] = []
     room = 0
     for rollout in rollouts:
-        size = len(rollout.prompt_ids) + len(rollout.completion_ids)
-        if not batches or size > room:
+        if not batches or rollout.length > room:
             batches.append([])
             room = tokens
         batches[-1].append(rollout)
-        room -= size
+        room -= rollout.length
     return batches
 
 

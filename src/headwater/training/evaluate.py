@@ -46,7 +46,7 @@ def evaluate(
     """
     started = time.perf_counter()
     prompts = [(problem.id, prompter.ids(problem)) for problem in problems]
-    requests = requests_for(prompts, settings.samples, 0, *draw)
+    requests = requests_for(prompts, settings.samples, *draw)
     on_finished = None if progress is None else lambda rollouts: progress(len(rollouts))
     graded = sample_and_grade(sampler, requests, settings.sampling, labels, prompter, on_finished)
     assert graded.verdicts is not None

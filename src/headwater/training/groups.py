@@ -95,9 +95,7 @@ def owners(rows: Sequence[Row], stage: Stage, group_size: int, size: int) -> lis
         groups = groups_of(minibatch, group_size)
         if len(groups) < 2 * size:
             groups = [[row] for row in minibatch]
-        cost = [
-            sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.zero_gradient) for group in groups
-        ]
+        cost = [sum(row.rollout.length for row in group if not row.zero_gradient) for group in groups]
         load, owner = [0] * size, [0] * len(groups)
         for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
             owner[index] = load.index(min(load))

@@ -230,7 +230,7 @@ class PolicyRollouts:
         else:
             problems = self._order.step(step)
         prompts = [(problem, self.prompts[problem]) for problem in problems]
-        return requests_for(prompts, self.stage.group_size, 0, *self.draw, step, attempt)
+        return requests_for(prompts, self.stage.group_size, *self.draw, step, attempt)
 
     @cached_property
     def _order(self) -> PromptOrder:
@@ -264,7 +264,7 @@ class PolicyRollouts:
 
     def _flops(self, sampled: Sequence[Row], kept: Sequence[Row], problems: Set[str]) -> float:
         """FLOPs of sampling (each prompt once per group) and of scoring the kept rows."""
-        lengths = [len(row.rollout.prompt_ids) + row.tokens for row in kept or sampled]
+        lengths = [row.rollout.length for row in kept or sampled]
         context = sum(lengths) / len(lengths) / 2
         tokens = sum(row.tokens for row in sampled) + sum(len(self.prompts[name]) for name in problems)
         flops = self.policy.shape.flops(tokens, context)

@@ -63,7 +63,7 @@ def policy() -> Policy:
 
 
 def sample_requests(samples: int = 8, *draw: str | int) -> list[Request]:
-    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(PROMPTS)], samples, 0, "test", *draw)
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(PROMPTS)], samples, "test", *draw)
 
 
 def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
@@ -155,7 +155,7 @@ def test_vllm_request_seed_decides_its_tokens_in_any_batch(pool: EnginePool, pol
 
 def test_vllm_first_token_frequencies_match_probabilities(pool: EnginePool, policy: Policy) -> None:
     count, prompt = 2000, PROMPTS[1]
-    requests = requests_for([("p", prompt)], count, 0, "frequencies")
+    requests = requests_for([("p", prompt)], count, "frequencies")
     rollouts = pool.sampler(policy).sample(requests, Sampling(max_tokens=1))
     drawn = Counter(rollout.completion_ids[0] for rollout in rollouts)
     every = [Rollout("p", 0, prompt, (token,), (0.0,), "length", "x") for token in range(policy.vocabulary)]

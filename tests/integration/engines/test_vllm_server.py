@@ -89,7 +89,7 @@ def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("k", [1, 8, MOST])
 def test_served_vllm_scores_equal_teacher(url: str, here: Policy, k: int) -> None:
-    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, 0, "scores")
+    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, "scores")
     rollouts = TorchSampler(here).sample(requests, Sampling(max_tokens=32))
     exact = [distribution.materialize() for distribution in distributions_of(here, rollouts, 4096)]
     for ours, served_scores in zip(exact, served(url, here, k).distributions(rollouts, 4096), strict=True):
@@ -103,7 +103,7 @@ def test_served_vllm_scores_equal_teacher(url: str, here: Policy, k: int) -> Non
 
 @pytest.mark.timeout(400)
 def test_served_vllm_top_k_zero_scores_sampled_tokens(url: str, here: Policy) -> None:
-    rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 8, 0, "alone"), Sampling(max_tokens=32))
+    rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 8, "alone"), Sampling(max_tokens=32))
     for distribution, rollout, logp in zip(
         served(url, here, 0).distributions(rollouts, 4096), rollouts, logp_of(here, rollouts, 4096), strict=True
     ):
@@ -122,7 +122,7 @@ def test_served_vllm_tokenizer_and_chat_template_give_our_ids(url: str, here: Po
 
 @pytest.mark.timeout(400)
 def test_served_vllm_samples_have_teacher_log_probs_and_follow_seeds(url: str, here: Policy) -> None:
-    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, 0, "samples")
+    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, "samples")
     teacher = served(url, here, 4)
     rollouts, again = (teacher.sample(requests, Sampling(max_tokens=32)) for _ in range(2))
     assert [rollout.completion_ids for rollout in rollouts] == [rollout.completion_ids for rollout in again]
@@ -133,7 +133,7 @@ def test_served_vllm_samples_have_teacher_log_probs_and_follow_seeds(url: str, h
 
 @pytest.mark.timeout(400)
 def test_served_vllm_refuses_top_k_above_its_limit_with_its_message(url: str, here: Policy) -> None:
-    rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 1, 0, "many"), Sampling(max_tokens=4))
+    rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 1, "many"), Sampling(max_tokens=4))
     with pytest.raises(UserError, match=r"models\.teacher: http.* refuses .*max allowed: 20"):
         served(url, here, MOST + 1).distributions(rollouts, 4096)
 

@@ -178,7 +178,7 @@ def test_interrupt_of_long_sequences_does_not_wait_for_slow_graders() -> None:
     policy = tiny_policy()
     policy.model.generation_config = policy.model.config.eos_token_id = None  # nothing ends a completion
     policy.tokenizer.eos_token = None
-    requests = requests_for([("a", (1, 6, 2)), ("b", (1, 7, 2))], 2, 0, 0, "test")
+    requests = requests_for([("a", (1, 6, 2)), ("b", (1, 7, 2))], 2, 0, "test")
     calls: list[int] = []
 
     def stop(finished: Sequence[Rollout]) -> None:
@@ -201,7 +201,7 @@ def test_interrupt_of_long_sequences_does_not_wait_for_slow_graders() -> None:
         if len(calls) == 4:
             raise KeyboardInterrupt
 
-    many = requests_for([(str(number), (1, number, 2)) for number in range(3, 9)], 1, 0, 0, "test")
+    many = requests_for([(str(number), (1, number, 2)) for number in range(3, 9)], 1, 0, "test")
     labels = Labels({request.problem_id: "0" for request in many}, grade, len(many))
     with pytest.raises(KeyboardInterrupt):
         sample_and_grade(

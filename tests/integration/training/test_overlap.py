@@ -63,7 +63,7 @@ class Recorded:
 
 
 def requests(step: int) -> list[Request]:
-    return requests_for([("a", (5, 6, 7)), ("b", (6, 7))], 2, 0, 0, "opd", step, 0)
+    return requests_for([("a", (5, 6, 7)), ("b", (6, 7))], 2, 0, "opd", step, 0)
 
 
 def ahead_of(policy: Policy, calls: list[tuple[bool, float]], steps: int = 3) -> AheadSampler:

@@ -139,7 +139,7 @@ def test_microbatches_respect_token_budget_and_lose_nothing(lengths: list[tuple[
     parts = list(microbatches(rows, budget))
     assert sorted(row.rollout.sample for part in parts for row in part) == list(range(len(rows)))
     for part in parts:
-        width = max(len(row.rollout.prompt_ids) + row.tokens for row in part)
+        width = max(row.rollout.length for row in part)
         assert width * len(part) <= budget or len(part) == 1
 
 

@@ -59,7 +59,7 @@ def test_batched_prompts_equal_single_prompts_in_sampler_and_trainer(
     )  # so that completions end early
     prompts = [(problem_id(str(prompt)), prompt) for prompt in (*PROMPTS, PROMPTS[0][::-1])]
     # Batches of 4: rows leave at other steps than they came, and groups of one prompt are cut.
-    rollouts = TorchSampler(policy, batch=4).sample(requests_for(prompts, 2, 0, 0, "test"), Sampling(max_tokens=9))
+    rollouts = TorchSampler(policy, batch=4).sample(requests_for(prompts, 2, 0, "test"), Sampling(max_tokens=9))
     assert len({len(rollout.completion_ids) for rollout in rollouts}) > 1
     for rollout, trained in zip(rollouts, logp_of(policy, rollouts, 64), strict=True):
         expected = alone(policy, rollout.prompt_ids, rollout.completion_ids)

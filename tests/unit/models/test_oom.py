@@ -111,7 +111,7 @@ def test_scoring_halves_batch_on_oom_with_same_result(policy: Policy) -> None:
 
     budget = BatchBudget(4096)
     scores = budget.fit_passes(score, rollouts)
-    longest = max(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+    longest = max(rollout.length for rollout in rollouts)
     assert (
         token_budgets == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8]
         and budget.size == token_budgets[-1]
@@ -145,7 +145,7 @@ class Cramped:
 
 
 def test_sampler_halves_batch_on_oom_and_reports_rollouts_once(policy: Policy) -> None:
-    wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, 0, "memory")
+    wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, "memory")
     expected = TorchSampler(policy).sample(wanted, Sampling(max_tokens=6))
     reported: list[tuple[str, int]] = []
     decoded: list[int] = []
@@ -165,7 +165,7 @@ def test_sampler_without_memory_for_one_sequence_stops(policy: Policy) -> None:
     def nothing_fits(batch: int) -> TorchSampler:
         raise OUT["cpu"]()
 
-    wanted = requests_for([("a", PROMPTS[0])], 4, 0, 0, "memory")
+    wanted = requests_for([("a", PROMPTS[0])], 4, 0, "memory")
     with pytest.raises(TrainingStoppedError, match="even with 1 sequence at a time"):
         OomRetrySampler(nothing_fits, BatchBudget(256)).sample(wanted, Sampling(max_tokens=4))
 

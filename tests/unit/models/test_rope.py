@@ -51,7 +51,7 @@ def prompts(*lengths: int) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def sample(policy: Policy, lengths: tuple[int, ...], tokens: int) -> list[Rollout]:
-    return TorchSampler(policy).sample(requests_for(prompts(*lengths), 4, 0, 0, "rope"), Sampling(max_tokens=tokens))
+    return TorchSampler(policy).sample(requests_for(prompts(*lengths), 4, 0, "rope"), Sampling(max_tokens=tokens))
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ REAL = [
 
 def samples(policy: Policy, count: int, tokens: int = 24) -> list[Any]:
     prompt = Prompter(policy.tokenizer, Prompt()).ids(PROBLEM)
-    requests = requests_for([(PROBLEM.id, prompt)], count, 0, "real")
+    requests = requests_for([(PROBLEM.id, prompt)], count, "real")
     return TorchSampler(policy).sample(requests, Sampling(max_tokens=tokens))
 
 

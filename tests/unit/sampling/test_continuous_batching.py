@@ -33,7 +33,7 @@ MIXED = PROMPTS + LONG
 
 
 def requests(samples: int = 4, prompts: tuple[tuple[int, ...], ...] = MIXED) -> list[Request]:
-    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "batching", 1)
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, "batching", 1)
 
 
 def outcomes(rollouts: list[Rollout]) -> list[tuple[str, int, tuple[int, ...], str]]:
@@ -122,7 +122,7 @@ def test_prefill_runs_each_distinct_prompt_once_within_token_budget(
     record_forward_ids(monkeypatch, forward_ids)
     monkeypatch.setattr(fast_decoder, "PREFILL_TOKENS", budget)
     # Every prompt is requested under two names; its eight samples enter at different times.
-    wanted_requests = [*requests(), *requests_for([(f"q{i}", prompt) for i, prompt in enumerate(MIXED)], 4, 0, "other")]
+    wanted_requests = [*requests(), *requests_for([(f"q{i}", prompt) for i, prompt in enumerate(MIXED)], 4, "other")]
     rollouts = TorchSampler(policy, batch=5).sample(wanted_requests, Sampling(max_tokens=12))
     prefills = [ids for ids in forward_ids if len(ids[0]) > 1]
     ran = Counter(
@@ -196,7 +196,7 @@ def test_kv_cache_grows_only_to_longest_sequence(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(KVCache, "reserve_column", watch)
     rollouts = TorchSampler(policy, batch=4).sample(requests(samples=3, prompts=PROMPTS), Sampling(max_tokens=60))
-    longest = max(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+    longest = max(rollout.length for rollout in rollouts)
     lanes = fast_decoder.LANES if kernels() else 1  # the number of columns is a multiple of this
     assert columns[0] == -(-(9 + 4) // lanes) * lanes and len(set(columns)) >= 3  # it grew twice
     assert longest - 1 <= max(columns) <= -(-(9 + 60) // lanes) * lanes

@@ -43,7 +43,7 @@ def sampled(
         return free
 
     monkeypatch.setattr(fast_decoder_module.FastDecoder, "begin", begin_with_graphs)
-    rollouts = TorchSampler(policy, batch).sample(requests_for(prompts, 4, 0, "graphs"), Sampling(max_tokens=40))
+    rollouts = TorchSampler(policy, batch).sample(requests_for(prompts, 4, "graphs"), Sampling(max_tokens=40))
     monkeypatch.undo()
     return rollouts, made
 

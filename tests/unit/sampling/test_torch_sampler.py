@@ -31,7 +31,7 @@ ARCHITECTURES = {"qwen3": {}, "llama": {}, **CAPPED}
 
 
 def requests(samples: int = 6, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[Request]:
-    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "test", 3)
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, "test", 3)
 
 
 def outcomes_by_request(rollouts: list[Rollout]) -> dict[tuple[str, int], tuple[tuple[int, ...], str]]:
@@ -55,7 +55,7 @@ def test_draws_do_not_depend_on_request_order_or_batch_size(name: str) -> None:
             assert rollout.sampler_logp == pytest.approx(logps[rollout.problem_id, rollout.sample], abs=1e-4)
 
 
-def test_rng_key_changes_draws_and_samples_are_numbered_from_first() -> None:
+def test_rng_key_changes_draws_and_samples_may_be_requested_alone() -> None:
     policy = tiny_policy(seed=2)
     first = TorchSampler(policy).sample(requests(), Sampling(max_tokens=12))
     other = TorchSampler(policy).sample(
@@ -63,7 +63,8 @@ def test_rng_key_changes_draws_and_samples_are_numbered_from_first() -> None:
     )
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(first, other, strict=True)) < 4
     # Samples 4 and 5 requested alone are samples 4 and 5 of the six.
-    later = TorchSampler(policy).sample(requests_for([("p0", PROMPTS[0])], 2, 4, 0, "test", 3), Sampling(max_tokens=12))
+    alone = requests_for([("p0", PROMPTS[0])], 6, 0, "test", 3)[4:]
+    later = TorchSampler(policy).sample(alone, Sampling(max_tokens=12))
     assert outcomes_by_request(later) == {
         key: value for key, value in outcomes_by_request(first).items() if key in {("p0", 4), ("p0", 5)}
     }
@@ -106,7 +107,7 @@ def test_split_head_detects_softcap_even_with_small_logits() -> None:
 def test_first_token_frequencies_match_probabilities(temperature: float, top_p: float, top_k: int) -> None:
     policy, count = tiny_policy(seed=1), 6000
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=1)
-    rollouts = TorchSampler(policy, batch=count).sample(requests_for([("p", PROMPTS[0])], count, 0, "chi"), sampling)
+    rollouts = TorchSampler(policy, batch=count).sample(requests_for([("p", PROMPTS[0])], count, "chi"), sampling)
     with torch.no_grad():
         logits = policy.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double() / temperature
     expected = torch.softmax(logits, dim=-1)
@@ -137,7 +138,7 @@ def test_second_token_frequencies_match_conditional_probabilities() -> None:
     """Draws of one rollout's tokens are independent: given the first token, the second follows the model."""
     policy, count = tiny_policy(seed=1, std=0.5), 8000
     rollouts = TorchSampler(policy, batch=2000).sample(
-        requests_for([("p", PROMPTS[0])], count, 0, "chi2"), Sampling(max_tokens=2)
+        requests_for([("p", PROMPTS[0])], count, "chi2"), Sampling(max_tokens=2)
     )
     pairs = [rollout.completion_ids for rollout in rollouts if len(rollout.completion_ids) == 2]
     first = Counter(pair[0] for pair in pairs).most_common(1)[0][0]

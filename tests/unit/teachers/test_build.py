@@ -43,7 +43,7 @@ def test_rollouts_are_scored_by_their_tagged_teacher_in_order() -> None:
 
 def test_requests_are_sampled_by_tagged_teacher_as_alone() -> None:
     teacher = two()
-    requests = requests_for([("a", PROMPTS[0]), ("b", PROMPTS[1])], 3, 0, "tags")[::-1]
+    requests = requests_for([("a", PROMPTS[0]), ("b", PROMPTS[1])], 3, "tags")[::-1]
     arrived: list[Rollout] = []
     rollouts = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
     for tag, name in (("left", "a"), ("right", "b")):

@@ -75,7 +75,7 @@ def test_top_k_zero_scores_only_sampled_token(policy: Policy) -> None:
 
 
 def test_each_sample_has_seed_of_its_request(policy: Policy) -> None:
-    requests = requests_for([("a", (1, 6, 15, 7, 2)), ("b", (1, 5, 2))], 3, 0, "draw")
+    requests = requests_for([("a", (1, 6, 15, 7, 2)), ("b", (1, 5, 2))], 3, "draw")
     arrived: list[Rollout] = []
     with serving(Answering(policy)) as there:
         teacher = teacher_at(there.url)
@@ -218,7 +218,7 @@ def test_malformed_sample_of_server_stops_run(kind: str, policy: Policy) -> None
     with serving(changed(Answering(policy), lambda answer: good | change)) as there:
         teacher = teacher_at(there.url)
         with pytest.raises(TrainingStoppedError) as stopped:
-            teacher.sample(requests_for([("a", (1, 6, 15))], 1, 0, "draw"), Sampling(max_tokens=8))
+            teacher.sample(requests_for([("a", (1, 6, 15))], 1, "draw"), Sampling(max_tokens=8))
     assert sentence in str(stopped.value)
 
 

@@ -162,8 +162,8 @@ def test_renamed_ids_change_nothing_but_rounding(policy: Policy) -> None:
 
 def test_teacher_samples_become_student_ids_and_are_scored_as_sampled(teacher: Policy, pair: TokenPair) -> None:
     both = translated(teacher, pair)
-    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 16, 0, 0, "x"), stage_of("opd").sampling)
-    own = TorchSampler(teacher).sample(requests_for([("p", PROMPT)], 16, 0, 0, "x"), stage_of("opd").sampling)
+    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 16, 0, "x"), stage_of("opd").sampling)
+    own = TorchSampler(teacher).sample(requests_for([("p", PROMPT)], 16, 0, "x"), stage_of("opd").sampling)
     for rollout, sampled in zip(rollouts, own, strict=True):
         assert rollout.prompt_ids == (1, 6, 2)
         assert rollout.teacher_ids == sampled.completion_ids
@@ -234,7 +234,7 @@ def test_cache_is_same_where_rank_0_scores_nothing(
 ) -> None:
     """With more ranks than rollouts the groups of tokens are known to other ranks alone."""
     both = translated(teacher, pair)
-    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 3, 0, 0, "x"), stage_of("opd").sampling)
+    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 3, 0, "x"), stage_of("opd").sampling)
     recorded = Recorded()
     write_distributions(tmp_path, translated(replace(teacher, ranks=recorded), pair), rollouts, top_k, 100)
     alone = load_file(tmp_path / "distributions.safetensors")
@@ -253,7 +253,7 @@ def test_cached_teacher_equals_live_one(
     if form == "sorted" and top_k is not None:
         pytest.skip("uld needs whole distributions")
     both = translated(teacher, pair, form)
-    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 6, 0, 0, "x"), stage_of("opd").sampling)
+    rollouts = both.sample(requests_for([("p", (1, 6, 2))], 6, 0, "x"), stage_of("opd").sampling)
     write_rollouts(tmp_path, rollouts)
     write_distributions(tmp_path, both, rollouts, top_k, 100)
     rows = read_cache(tmp_path)

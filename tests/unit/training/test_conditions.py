@@ -17,7 +17,7 @@ PROMPTS = [("a", (5, 6, 7)), ("b", (8, 9)), ("c", (10, 5, 6, 7))]
 
 
 def rollouts(policy, draw: str, count: int = 4):  # type: ignore[no-untyped-def]
-    requests = requests_for(PROMPTS, count, 0, draw)
+    requests = requests_for(PROMPTS, count, draw)
     return TorchSampler(policy).sample(requests, Sampling(max_tokens=6))
 
 
