@@ -161,7 +161,7 @@ _SPENDING: dict[str, Arm] = {
         same_compute=("bridge", "bridge"),
     ),
     "short_rl": Arm(
-        "bridge with a quarter of the teacher's RL, and as many OPD steps as take the bridge's FLOPs",
+        "bridge with a quarter of the teacher's RL, and OPD steps set to match the bridge's FLOPs",
         "how much of the compute does the teacher need?",
         teacher=(replace(TEACHER_RL, edit=quarter),),
         student=(WARMUP, OPD),
@@ -181,7 +181,7 @@ FOLLOW_UPS = (
     | {
         f"{name}_compute": replace(
             _ALONE[name],
-            description=f"{name}, with as many OPD steps as take the bridge's FLOPs",
+            description=f"{name}, with OPD steps set to match the bridge's FLOPs",
             question="and at equal compute?",
             same_compute=(name, "bridge"),
         )
