@@ -181,7 +181,7 @@ def teacher_advice(measures: PairMeasures) -> str | None:
         else f"the teacher is right {_percent(teacher)} of the time, the student {_percent(student)}"
     )
     return (
-        f"{seen}, so distilling it as it is (raw_teacher, opd_then_rl) has little to teach; train it on the labels first "
+        f"{seen}, so distilling it as it is (raw_teacher, opd_then_rl) teaches little; train it on the labels first "
         "(bridge), spend them on the student (direct_grpo), or name a stronger teacher"
     )
 

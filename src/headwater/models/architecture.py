@@ -53,7 +53,7 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
         raise UnsupportedModelError(f"{model}, which is random wherever it computes gradients; {WANTED}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
-            f"{model}, of which transformers {transformers.__version__} has no causal language model; {WANTED}"
+            f"{model}, for which transformers {transformers.__version__} has no causal language model; {WANTED}"
         )
     is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
@@ -62,7 +62,7 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
     window, known = getattr(config, "keep_window_size", None), getattr(config, "max_position_embeddings", None)
     if window is not None and known is not None and window < known:
         raise UnsupportedModelError(
-            f"{model}, which beyond keep_window_size {window} tokens chooses what it attends to by later tokens; {WANTED}"
+            f"{model}, whose attention beyond keep_window_size {window} tokens depends on later tokens; {WANTED}"
         )
     built = model_class.config_class or type(config)
     others = sorted(part for part in built.sub_configs if any(word in part for word in OTHER_INPUTS))

@@ -290,7 +290,7 @@ def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str]
         f"{outcomes.remedy(stage.field)}"
     )
     if guards.unchanged_teacher == "stop":
-        return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it all the same)"
+        return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it anyway)"
     warn(sentence)
     if not any(row["guard"] == UNCHANGED for row in read_jsonl(stage.folder.warnings)):  # of an interrupted end
         alarm = Alarm(UNCHANGED, int(rows[-1]["step"]), 0.0, 0.0, len(rows), "warn")
@@ -325,5 +325,5 @@ def no_signal(
     return (
         f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
         f"{outcomes.because(stage.max_tokens)}; {labels} labels were used{rest}; "
-        f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on all the same)"
+        f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on anyway)"
     )
