@@ -176,7 +176,7 @@ PAPER_ARMS: dict[str, Arm] = {
     ),
     # Controls that could refute the method.
     "constant_advantage": Arm(
-        "student alone, every sampled token pushed down alike: no teacher, no labels",
+        "student alone, every sampled token pushed down equally: no teacher, no labels",
         "a control without teacher and labels",
         teacher=(),
         student=(replace(OPD, edit=constant),),

@@ -1,7 +1,7 @@
 """Arms of published follow-ups: the bridge with one thing changed, at the same labels, and their combination (docs/arms.md).
 
-An arm that costs more or less than the bridge has a copy whose name ends in `_compute`, with as many OPD steps as bring the whole
-arm to the bridge's FLOPs. Arms that spend the bridge's FLOPs otherwise have that number of steps themselves.
+An arm that costs more or less than the bridge has a copy whose name ends in `_compute`, with OPD steps set so that the whole
+arm matches the bridge's FLOPs. Arms that spend the bridge's FLOPs differently set their own steps in the same way.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Doctor checks of what a run could learn from: answers that a grader finds, and a teacher that differs from its student.
 
-They use no label: whether the answers are right is for `headwater probe` to measure.
+They use no label: `headwater probe` measures whether the answers are right.
 """
 
 from __future__ import annotations
