@@ -124,8 +124,8 @@ _ALONE: dict[str, Arm] = {
         dense(token_weights={"soft_or": 0.5}),
     ),
     "pass_rate": _bridge(
-        "bridge whose OPD weighs prompts by p·(1−p), from labels that the teacher has spent",
-        "do prompts of middling difficulty teach more?",
+        "bridge whose OPD weights prompts by p·(1−p), from labels that the teacher has spent",
+        "do prompts of medium difficulty teach more?",
         "PACED, 2603.11178",
         pass_rate,
     ),
