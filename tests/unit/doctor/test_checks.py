@@ -680,7 +680,7 @@ def test_missing_kv_cache_and_plain_attention_are_named(tmp_path: Path) -> None:
     assert not result.errors
 
 
-@pytest.mark.parametrize(("architecture", "reason"), [("bert", "an encoder"), ("t5", "an encoder with a decoder")])
+@pytest.mark.parametrize(("architecture", "reason"), [("bert", "an encoder"), ("t5", "an encoder-decoder")])
 def test_encoder_is_refused_by_its_kind(architecture: str, reason: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     AutoConfig.for_model(architecture, vocab_size=32).save_pretrained(folder)
