@@ -232,7 +232,7 @@ def _data_warnings(data: str, loaded: LoadedProblems, prompter: Prompter) -> tup
     if marks and prompter.has_template:
         mark, problem = marks[0]
         sentences.append(
-            f"{len(marks)} of {len(loaded.problems)} problems spell a chat template (the first: {mark} in {problem.name}), and the "
+            f"{len(marks)} of {len(loaded.problems)} problems contain a chat template (the first: {mark} in {problem.name}), and the "
             "model's is applied around them; use --no-chat, or write them as messages (role and content)"
         )
     return tuple(sentences)

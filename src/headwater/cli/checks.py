@@ -59,7 +59,7 @@ def doctor(
     arms: Annotated[
         str | None,
         typer.Option(
-            "--arms", "--arm", help="Arms to be run, separated by commas, or `all`; by default that of `run`."
+            "--arms", "--arm", help="Arms that will run, separated by commas, or `all`; by default that of `run`."
         ),
     ] = None,
     out: Out = None,

@@ -68,10 +68,10 @@ class RunOptions:
     workers: Workers = None
     reuse: Annotated[
         list[Path] | None,
-        typer.Option(help="Another run directory; its finished nodes are used where they are the same work."),
+        typer.Option(help="Another run directory; its finished nodes are reused where they match."),
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
+        bool, typer.Option("--dry-run", help="Print the nodes and an upper bound on their cost; run nothing.")
     ] = False
     json_: Json = False
 
@@ -84,9 +84,7 @@ class RunOptions:
 class ExecutionOptions:
     """Further options of `run` and `study`: who runs the nodes, trackers, and the assumptions of a dry run."""
 
-    executor: Annotated[
-        str, typer.Option(help="What runs the nodes: local, or ray for a Ray cluster (RAY_ADDRESS).")
-    ] = "local"
+    executor: Annotated[str, typer.Option(help="Executor: local, or ray for a Ray cluster (RAY_ADDRESS).")] = "local"
     track: Annotated[
         str | None, typer.Option(help="Trackers to log to: tensorboard, wandb, trackio; commas between.")
     ] = None
@@ -114,11 +112,9 @@ class FitOptions:
     tag: Annotated[
         str | None, typer.Option(help="Column that selects a problem's teacher, where there are several.")
     ] = None
-    device: Annotated[str, typer.Option(help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")] = (
-        "auto"
-    )
+    device: Annotated[str, typer.Option(help="mine: auto, cpu, cuda, or a device elsewhere, such as h100.")] = "auto"
     hours: Annotated[
-        float | None, typer.Option(min=0.01, help="mine: what the default arm may take on that device, as estimated.")
+        float | None, typer.Option(min=0.01, help="mine: limit on the default arm's estimated time on that device.")
     ] = None
 
 
@@ -141,7 +137,7 @@ class EvalOptions:
     ] = False
     chat: Annotated[
         bool,
-        typer.Option("--chat/--no-chat", help="Apply the model's chat template, or give it the texts as they are."),
+        typer.Option("--chat/--no-chat", help="Apply the model's chat template, or pass the texts unchanged."),
     ] = True
     seed: int = 0
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32"

@@ -94,7 +94,7 @@ def watch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, running or not.")],
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two refreshes.")] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print once and exit, as it does where the output is no terminal.")
+        bool, typer.Option("--once", help="Print once and exit; the default if the output is not a terminal.")
     ] = False,
     json_: Json = False,
 ) -> None:

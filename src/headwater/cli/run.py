@@ -104,7 +104,7 @@ def sweep(
     ],
     options: RunOptions,
     values: Annotated[
-        str | None, typer.Option(help="Its values, separated by commas; the three named ones have defaults.")
+        str | None, typer.Option(help="Values, separated by commas; labels, teacher and lambda have defaults.")
     ] = None,
     arms: Arms = None,
     seeds: Seeds = None,

@@ -69,7 +69,7 @@ PAPER_ARMS: dict[str, Arm] = {
     ),
     # The paper matches labels, not compute. The two `_compute` arms match compute; the second is an open question of 2609.04108.
     "direct_grpo_compute": Arm(
-        "the same, with as many steps as take the bridge's FLOPs",
+        "the same, with steps set to match the bridge's FLOPs",
         "is it only the compute?",
         teacher=(),
         student=(RL_ON_ALL,),
@@ -91,7 +91,7 @@ PAPER_ARMS: dict[str, Arm] = {
         compare_with=("bridge",),
     ),
     "opd_then_rl_compute": Arm(
-        "the same, with as many GRPO steps as take the bridge's FLOPs",
+        "the same, with GRPO steps set to match the bridge's FLOPs",
         "and at equal compute?",
         teacher=(),
         student=(OPD, RL_ON_ALL),
@@ -168,7 +168,7 @@ PAPER_ARMS: dict[str, Arm] = {
         compare_with=("bridge",),
     ),
     "mixed": Arm(
-        "bridge with teacher and reward in one loss (J_λ) in the place of OPD",
+        "bridge with teacher and reward in one loss (J_λ) in place of OPD",
         "are two stages better than one?",
         teacher=(TEACHER_RL,),
         student=(WARMUP, replace(OPD, edit=mixture)),
@@ -176,15 +176,15 @@ PAPER_ARMS: dict[str, Arm] = {
     ),
     # Controls that could refute the method.
     "constant_advantage": Arm(
-        "student alone, every sampled token pushed down alike: no teacher, no labels",
+        "student alone, every sampled token pushed down equally: no teacher, no labels",
         "a control without teacher and labels",
         teacher=(),
         student=(replace(OPD, edit=constant),),
         compare_with=("opd_only",),
     ),
     "bridge_constant": Arm(
-        "bridge with the same constant push in the place of OPD",
-        "is it the teacher that OPD owes its gain to?",
+        "bridge with the same constant push in place of OPD",
+        "does OPD owe its gain to the teacher?",
         teacher=(TEACHER_RL,),
         student=(WARMUP, replace(OPD, edit=constant)),
         compare_with=("bridge",),

@@ -91,15 +91,15 @@ class Compute(Strict):
     """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle or the teacher is
     behind a server."""
     overlap: Literal[0, 1] = 0
-    """1: on-policy stages sample a step's rollouts while the step before trains, from the weights before that update; the loss corrects
-    with `vllm.importance_cap`, whichever sampler (docs/devices.md)."""
+    """1: on-policy stages sample the next step's rollouts while a step trains, from the weights before its update; with any sampler,
+    the loss corrects with `vllm.importance_cap` (docs/devices.md)."""
     grader_workers: Annotated[int, Field(ge=1, le=1024), Unit("processes")] = 2
     """Processes that grade completions."""
     grader_seconds: Seconds = 2.0
     """Time limit for grading one completion, which is then graded wrong."""
     sandbox: Literal["required", "optional"] = "required"
-    """Task `python`: `required` refuses a machine without the sandbox's system-call filter; `optional` runs completions there all the
-    same, which can then harm it (docs/safety.md)."""
+    """Task `python`: `required` refuses a machine without the sandbox's system-call filter; `optional` runs completions anyway,
+    which can then harm it (docs/safety.md)."""
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
     keep_checkpoints: bool = False

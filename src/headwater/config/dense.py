@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from headwater.config.schema import Steps, Strict, Tokens, Unit
 
 Candidates = Literal["teacher", "student", "both"]
-"""Who chooses the tokens whose log-probs a served teacher is asked for."""
+"""Who chooses the tokens whose log-probs are requested from a served teacher."""
 
 
 Weight = Annotated[float, Field(ge=-100.0, le=100.0)]
@@ -58,7 +58,7 @@ class TokenWeights(Strict):
     selection does not change the learning rate."""
 
     prompts: Literal["all", "pass_rate", "all_wrong"] = "all"
-    """`pass_rate` weighs each prompt by p·(1−p), with p the share of its rollouts that are right (2603.11178); `all_wrong` keeps
+    """`pass_rate` weights each prompt by p·(1−p), with p the share of its rollouts that are right (2603.11178); `all_wrong` keeps
     the prompts whose rollouts are all wrong, without rescaling (2608.00782). Both use labels, which must be the stage's
     own or spent by an earlier stage."""
     first: Tokens | None = None
@@ -84,7 +84,7 @@ class Dense(Strict):
     entropy_above: Annotated[float, Field(ge=0.0), Unit("nats")] = 0.8
     """Entropy of the teacher above which `entropy_aware` adds the forward KL."""
     clip: Annotated[float, Field(gt=0.0), Unit("nats")] | None = None
-    """Upper bound of the divergence of one token; above it the token has no gradient. None bounds nothing."""
+    """Upper bound on one token's divergence; above it the token has no gradient. None sets no bound."""
     teacher_weights: TeacherWeights | None = None
     """A teacher composed of several frozen models; None is the stage's teacher alone."""
     start_update: StartUpdate | None = None
@@ -93,14 +93,14 @@ class Dense(Strict):
     """Follow the teacher's gain over this model, where it agrees with the distance to the teacher (OPD², 2607.15161):
     `base_teacher` is models.teacher before any training, `start` the stage's starting weights. None follows the teacher."""
     token_weights: TokenWeights | None = None
-    """Weights of prompts and tokens; None weighs every token alike."""
+    """Weights of prompts and tokens; None weights all tokens equally."""
     top_k: Tokens | None = None
     """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
     candidates: Candidates = "teacher"
     """Who chooses the `top_k` tokens of a teacher behind a server: the server by its own probabilities, the student by its, so that
-    the reverse KL sees where the student has mass, or both (up to 2·top_k). Takes one more forward pass of the student."""
+    the reverse KL covers the student's mass, or both (up to 2·top_k). The last two take one more forward pass of the student."""
     normalize: Literal["tokens", "tags"] = "tokens"
-    """What `loss_mean` averages over: the tokens of all problems, or those of each tag, whose means then count alike, so that a
+    """What `loss_mean` averages over: the tokens of all problems, or those of each tag, whose means then count equally, so that a
     domain with long completions does not outweigh the others."""
 
     @property

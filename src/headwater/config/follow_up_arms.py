@@ -1,7 +1,7 @@
 """Arms of published follow-ups: the bridge with one thing changed, at the same labels, and their combination (docs/arms.md).
 
-An arm that costs more or less than the bridge has a copy whose name ends in `_compute`, with as many OPD steps as bring the whole
-arm to the bridge's FLOPs. Arms that spend the bridge's FLOPs otherwise have that number of steps themselves.
+An arm that costs more or less than the bridge has a copy whose name ends in `_compute`, with OPD steps set so that the whole
+arm matches the bridge's FLOPs. Arms that spend the bridge's FLOPs differently set their own steps in the same way.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ _ALONE: dict[str, Arm] = {
         dense(token_weights={"soft_or": 0.5}),
     ),
     "pass_rate": _bridge(
-        "bridge whose OPD weighs prompts by p·(1−p), from labels that the teacher has spent",
-        "do prompts of middling difficulty teach more?",
+        "bridge whose OPD weights prompts by p·(1−p), from labels that the teacher has spent",
+        "do prompts of medium difficulty teach more?",
         "PACED, 2603.11178",
         pass_rate,
     ),
@@ -161,7 +161,7 @@ _SPENDING: dict[str, Arm] = {
         same_compute=("bridge", "bridge"),
     ),
     "short_rl": Arm(
-        "bridge with a quarter of the teacher's RL, and as many OPD steps as take the bridge's FLOPs",
+        "bridge with a quarter of the teacher's RL, and OPD steps set to match the bridge's FLOPs",
         "how much of the compute does the teacher need?",
         teacher=(replace(TEACHER_RL, edit=quarter),),
         student=(WARMUP, OPD),
@@ -181,7 +181,7 @@ FOLLOW_UPS = (
     | {
         f"{name}_compute": replace(
             _ALONE[name],
-            description=f"{name}, with as many OPD steps as take the bridge's FLOPs",
+            description=f"{name}, with OPD steps set to match the bridge's FLOPs",
             question="and at equal compute?",
             same_compute=(name, "bridge"),
         )

@@ -37,7 +37,7 @@ class Guards(Strict):
     patience: Steps = 3
     """First steps of a stage that `no_signal` looks at."""
     unchanged_teacher: Literal["warn", "stop", "off"] = "warn"
-    """Action at the end of a teacher's stage in which no step had a gradient: the student would distil the teacher as it was."""
+    """Action at the end of a teacher's stage in which no step had a gradient: the student would distill the teacher as it was."""
     kl_explosion: Guard = Guard(action="warn", bound=1.0, window=10)
     """The KL has risen by more than `bound` nats per token over its lowest."""
     entropy_collapse: ShareGuard = ShareGuard(action="warn", bound=0.03, window=10)

@@ -41,7 +41,7 @@ class Prompt(Strict):
     thinking: bool = False
     """Passed to chat templates that have `enable_thinking` (Qwen3)."""
     chat: bool = True
-    """Apply the model's chat template; false gives the model the texts as they are (problems that spell a template, base models)."""
+    """Apply the model's chat template; false gives the model the texts as they are (problems that contain a template, base models)."""
     max_tokens: Tokens = 2048
     """Longest prompt; a longer one is refused."""
     teacher: TeacherPrompt | None = None

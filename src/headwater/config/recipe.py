@@ -30,7 +30,7 @@ class Models(Strict):
     for one that `python -m tools.pretrain desk` trains."""
 
     student: str
-    """Model that is distilled into, and trained by `student_rl`."""
+    """Model to train: by distillation, and by `student_rl`."""
     teacher: str | Annotated[dict[Name, str], Field(min_length=1)] | None = None
     """Model that supervises the student; not needed by GRPO on the student alone. Also `http://HOST:PORT/v1`, a model behind a
     vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its teacher. Neither kind is trained
@@ -44,7 +44,7 @@ class Models(Strict):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
-    """Run the Python code that a model folder brings along; only for folders whose code you have read."""
+    """Run the Python code that a model folder contains; only for folders whose code you have read."""
     lora: Lora | None = None
     """Train low-rank adapters; None trains all weights."""
 
@@ -127,7 +127,7 @@ class Data(Strict):
     """Problems to train on and to evaluate on. A plain file name stands for `{path: FILE}`."""
 
     labeled: Source | None = None
-    """Problems with answers: the labels that `labels.budget` counts. Distillation needs none, but then `unlabeled`."""
+    """Problems with answers: the labels that `labels.budget` counts. Optional for distillation, which then needs `unlabeled`."""
     unlabeled: Source | None = None
     """Further prompts for warm-up and OPD, in addition to the texts of the labelled problems; no answers needed."""
     evals: dict[Name, Source] = Field(default_factory=dict)
@@ -195,7 +195,7 @@ class Recipe(Strict):
     name: Name = "recipe"
     """Name of the run, by default the file's; its folder is `runs/NAME` unless --out names one."""
     seed: Seed = 0
-    """Training seed: of sampling, of the order of problems and of adapters' weights."""
+    """Training seed of sampling, the order of problems and the initial weights of adapters."""
     task: str | None = None
     """Grader of completions: `sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader
     of your own as `package.module:function(gold, completion) -> bool`. Not needed without answers."""
@@ -231,7 +231,7 @@ class Recipe(Strict):
             )
         if contexts and any(stage.prompts == "every" for stage in self.stages.named.values()):
             raise ValueError(
-                "prompts: every does not go with prompt.teacher.privileged: contexts may hold unspent answers"
+                "prompts: every cannot be combined with prompt.teacher.privileged: contexts may hold unspent answers"
             )
         for name, stage in self.stages.named.items():
             if self.compute.overlap and stage.sparse.dynamic_sampling:

@@ -1,6 +1,6 @@
 """Base class, field types and units of the recipe schema.
 
-A field's docstring is its one description: `headwater explain`, docs/recipe.md, the JSON schema and `init --all` print it.
+A field's docstring is its one description: `headwater explain`, docs/recipe-fields.md, the JSON schema and `init --all` print it.
 """
 
 from __future__ import annotations

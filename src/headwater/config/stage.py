@@ -20,7 +20,7 @@ class Sampling(Strict):
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
     """Divides the logits before a token is drawn; 0 takes the most probable token (evaluations only)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Draw from the most probable tokens that hold this probability together; 1 keeps every token."""
+    """Sample from the most probable tokens whose probabilities add up to this; 1 keeps every token."""
     top_k: Annotated[Natural, Unit("tokens")] = 0
     """Sample from the k most probable tokens; 0 keeps every token."""
     max_tokens: Tokens = 512
@@ -261,7 +261,7 @@ class Stage(Strict):
 
     def _check_lora(self, lora: Lora) -> None:
         if lora.roles != ("teacher", "student"):
-            raise ValueError("lora.roles: the adapter of a stage is of the role that the stage trains; leave it out")
+            raise ValueError("lora.roles: a stage's adapter belongs to the role that the stage trains; leave it out")
         if lora.output != "merged":
             raise ValueError(
                 "lora.output: the adapter of a stage is merged at its end; leave it out, or set models.lora"

@@ -137,7 +137,7 @@ def _history(cell: Any, column: str, where: str) -> tuple[Turn, ...]:
 
 
 def refuse_media(row: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a row whose conversation comes with pictures, sound or tools."""
+    """Raise UserError for a row whose conversation comes with images, audio or tools."""
     for name in MEDIA_COLUMNS:
         if row.get(name) not in (None, [], "", {}, "[]"):
             raise UserError(

@@ -1,6 +1,6 @@
 """Process group of the ranks that train one node together, with object collectives; no-ops for a single process.
 
-Every rank runs the same program on its shard of the rows; decisions that control the flow are made equal on all ranks here.
+Every rank runs the same program on its shard of the rows; control-flow decisions are synchronized here.
 Tensors travel by FSDP2's own collectives (`models.fsdp`); these objects travel by gloo, even where the models are on GPUs.
 """
 

@@ -78,7 +78,7 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
             return LabelAdvice(
                 "student",
                 f"{shares}: the teacher is right {_percent(teacher.pass_rate.mean)} of the time already and needs no labels. Bridge "
-                "from it without any (opd_then_rl), and spend them on the student",
+                "from it without labels (opd_then_rl), and spend them on the student",
             )
         return LabelAdvice("student", f"{shares}: sparse reward would find nothing to reinforce in this teacher")
     if teacher.c1 is not None and teacher.c1 >= C1_SATURATED and has_signal(student) and measures.teacher_is_better:
@@ -87,18 +87,19 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
             "student",
             f"the teacher is right {_percent(teacher.pass_rate.mean)} of the time and its best of {k} {_percent(teacher.pass_at[k])}: "
             f"C1 holds already ({teacher.c1:.2f}, at least {C1_SATURATED:g}) and labels could hardly raise it. Bridge from it "
-            "without any (raw_teacher), and spend them on the student",
+            "without labels (raw_teacher), and spend them on the student",
         )
     if not has_signal(student):
         return LabelAdvice("teacher", f"{shares}: only the teacher's samples are right often enough to learn from")
     if continuations is None:
         return LabelAdvice(
-            "student", f"{shares}, but the teacher got too little right to measure what a student would learn from it"
+            "student",
+            f"{shares}, but the teacher got too few problems right to measure what a student would learn from it",
         )
     cost = continuations.memorization_cost(measures.passes)
     margin = continuations.lead - cost - MIN_LEAD
     because = (
-        f"after the first quarter of the teacher's right answers the teacher ends right {_percent(continuations.teacher.mean)} of the "
+        f"continuing the first quarter of its right answers, the teacher ends right {_percent(continuations.teacher.mean)} of the "
         f"time, the student {_percent(continuations.student.mean)}; of this lead of {100 * continuations.lead:.0f} points the bridge "
         f"would lose about {100 * cost:.0f} ({continuations.kl:.2f} nats a token to learn, each cached rollout trained on "
         f"{measures.passes:.1f} times), and {100 * MIN_LEAD:.0f} are what the student's own RL would recover"
@@ -181,7 +182,7 @@ def teacher_advice(measures: PairMeasures) -> str | None:
         else f"the teacher is right {_percent(teacher)} of the time, the student {_percent(student)}"
     )
     return (
-        f"{seen}, so distilling it as it is (raw_teacher, opd_then_rl) has little to teach; train it on the labels first "
+        f"{seen}, so distilling it as it is (raw_teacher, opd_then_rl) teaches little; train it on the labels first "
         "(bridge), spend them on the student (direct_grpo), or name a stronger teacher"
     )
 
@@ -191,10 +192,10 @@ def _remedy(measures: PairMeasures) -> str:
     if _unjudged(student) or _unjudged(teacher):
         return "First fix what prevents their answers from being graded, then probe again"
     if min(student.pass_rate.mean, teacher.pass_rate.mean) > 0.5:
-        return "Both models are right nearly always: use harder problems, or distil without labels (raw_teacher)"
+        return "Both models are nearly always right: use harder problems, or distill without labels (raw_teacher)"
     if teacher.pass_rate.mean > 0.5:
         return (
-            "The teacher is right nearly always: distil it without labels (raw_teacher), then probe the student again"
+            "The teacher is nearly always right: distill it without labels (raw_teacher), then probe the student again"
         )
     return (
         "Use easier problems, a stronger teacher, or worked examples for either model (sft_teacher), or check whether a larger "
@@ -223,8 +224,8 @@ def warmup_advice(measures: PairMeasures) -> WarmupAdvice:
     if not has_signal(measures.student):
         return WarmupAdvice(
             True,
-            f"{distance}, and only {_share(measures.student)} of the student's groups are informative: it must see what its own "
-            "samples hardly ever contain",
+            f"{distance}, and only {_share(measures.student)} of the student's groups are informative: it must first see text "
+            "that its own samples rarely contain",
         )
     continuations = measures.continuations
     cost = 0.0 if continuations is None else continuations.memorization_cost(measures.passes)
@@ -234,7 +235,7 @@ def warmup_advice(measures: PairMeasures) -> WarmupAdvice:
             f"{distance}, but the warm-up would train {measures.passes:.1f} times on too few rollouts and cost about "
             f"{100 * cost:.0f} points: leave it out (opd_only), or add prompts, which need no labels (data.unlabeled)",
         )
-    return WarmupAdvice(True, f"{distance}: the teacher would score text that it would hardly write itself")
+    return WarmupAdvice(True, f"{distance}: the teacher would score text that it would rarely write itself")
 
 
 def student_rl_advice(measures: PairMeasures) -> str:

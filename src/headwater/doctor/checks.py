@@ -1,4 +1,4 @@
-"""The table of checks behind `headwater doctor`, `run` and `study`, and what runs them.
+"""Table and runner of the checks behind `headwater doctor`, `run` and `study`.
 
 A check is a generator of findings and a row of CHECKS. A new one is a function, a row, a line in docs/checks.md and a test that
 plants the fault.
@@ -75,7 +75,7 @@ CHECKS = (
     Check("chat templates", prompts.templates, exit_code=2),
     Check("thinking mode and system prompt", prompts.fields_without_effect),
     Check("problems in their prompts", prompts.whole_problems),
-    Check("prompts that spell a chat template", prompts.spelt_templates),
+    Check("prompts that contain a chat template", prompts.spelt_templates),
     Check("ends of prompts", prompts.prompt_ends),
     Check("clock of chat templates", prompts.clock),
     Check("prompt lengths", prompts.prompt_lengths, exit_code=2),

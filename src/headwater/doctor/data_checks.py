@@ -100,7 +100,7 @@ def contamination(context: DoctorContext) -> Iterator[Finding]:
                 "evaluation-leak",
                 f"{name}: {len(shared)} problems are also in {held_out if held_out == VALIDATION else f'data.evals.{held_out}'}, "
                 f"{exact} of them word for word ({shortened([leak.problem_id for leak in shared])}); they are left out of training",
-                "nothing, unless they are many: then check the models' pretraining data for the same",
+                "nothing, unless there are many: then check the models' pretraining data for the same",
             )
 
 

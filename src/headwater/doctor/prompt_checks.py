@@ -210,7 +210,7 @@ def control_tokens(context: DoctorContext) -> Iterator[Finding]:
         shown = shortened([f"{names[min(ids)]} in {problem.name}" for problem, ids in spelt.items()], separator="; ")
         yield warning(
             "control-tokens-in-problems",
-            f"models.student: {len(spelt)} of {len(context.problem_ids)} problems spell control tokens, which its tokenizer does "
+            f"models.student: {len(spelt)} of {len(context.problem_ids)} problems contain control tokens, which its tokenizer does "
             f"not read as text ({shown})",
             "remove these problems, or change the spelling in the data (a space within the token)",
         )
@@ -263,7 +263,7 @@ def spelt_templates(context: DoctorContext) -> Iterator[Finding]:
             yield Finding(
                 "chat-template-twice",
                 "error" if 2 * len(marks) > len(problems) else "warning",
-                f"{name}: {len(marks)} of {len(problems)} problems spell a chat template (the first: {mark} in {problem.name}), and "
+                f"{name}: {len(marks)} of {len(problems)} problems contain a chat template (the first: {mark} in {problem.name}), and "
                 f"that of models.{templated[0]} is applied around them",
                 "set prompt.chat=false to give them to the models as they are, or write them as messages (role and content)",
             )

@@ -1,6 +1,6 @@
 """Doctor checks of what a run could learn from: answers that a grader finds, and a teacher that differs from its student.
 
-They use no label: whether the answers are right is for `headwater probe` to measure.
+They use no label: `headwater probe` measures whether the answers are right.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def answers_found(context: DoctorContext) -> Iterator[Finding]:
 
 
 def distillation_first(context: DoctorContext) -> Iterator[Finding]:
-    """Arms that distil the teacher as it is, although there are labels that could train it first."""
+    """Arms that distill the teacher as it is, although there are labels that could train it first."""
     if len(context.local("teacher")) != 1 or any(node.role == "teacher" for node, _ in context.training):
         return  # a teacher that is not trained here, or a study that compares both
     labels, stages = len(context.inputs.pools.all), untrained_distillations(context)
     if labels and stages:
         yield note(
             "teacher-not-trained",
-            f"{stages} distil models.teacher as it is; {labels} labels could train it first",
+            f"{stages} distill models.teacher as it is; {labels} labels could train it first",
             "nothing if it solves these problems much better than the student (`headwater probe` measures both and advises); else "
             "--arm bridge",
         )
@@ -113,7 +113,7 @@ def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:
         if stages:
             yield warning(
                 "teacher-is-student",
-                f"{evidence}, and {stages} distil it as it is: they would change nothing",
+                f"{evidence}, and {stages} distill it as it is: they would change nothing",
                 "name a stronger teacher, or train the student on the labels (--arm direct_grpo)",
             )
         else:
@@ -139,7 +139,7 @@ def own_start(context: DoctorContext) -> Iterator[Finding]:
 
 
 def untrained_distillations(context: DoctorContext) -> str:
-    """The student's stages that distil a base teacher, with their steps; empty without any.
+    """The student's stages that distill a base teacher, with their steps; empty without any.
 
     Example: `warmup (40 steps) and opd (80 steps)`.
     """

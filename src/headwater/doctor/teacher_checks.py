@@ -182,7 +182,7 @@ def replicas(context: DoctorContext) -> Iterator[Finding]:
             yield error(
                 "server-replicas-differ",
                 f"models.{role}: {REPLICA_CALLS} answers for the same {count} tokens, requested at once, differ by up to {apart:.3g} "
-                f"nats a token, and student and teacher by {signal:.3g}: what the student would learn is which replica answers",
+                f"nats a token, and student and teacher by {signal:.3g}: the student would learn which replica answers",
                 "serve the same weights in the same dtype on every replica, or name one replica",
             )
 

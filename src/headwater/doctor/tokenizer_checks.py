@@ -37,7 +37,7 @@ def alignment(context: DoctorContext) -> Iterator[Finding]:
         if pair is None:
             yield note(
                 "tokenizers-equal",
-                f"{fields}: have one tokenizer; {where} changes nothing",
+                f"{fields}: have the same tokenizer; {where} changes nothing",
                 "leave it out",
             )
             continue
@@ -53,7 +53,7 @@ def alignment(context: DoctorContext) -> Iterator[Finding]:
             yield warning(
                 "tokenizers-far-apart",
                 f"{evidence}; {limits}",
-                "choose a teacher whose tokenizer gives these texts back, such as byte-level BPE",
+                "choose a teacher whose tokenizer round-trips these texts, such as byte-level BPE",
             )
         else:
             yield note("tokenizers-aligned", evidence, "nothing")

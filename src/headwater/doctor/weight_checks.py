@@ -41,7 +41,7 @@ def finite(context: DoctorContext) -> Iterator[Finding]:
         ):
             yield error(
                 "not-finite",
-                f"models.{role}: its log-probs are not finite, so that nothing can be sampled",
+                f"models.{role}: its log-probs are not finite, so nothing can be sampled",
                 "models.dtype is too narrow for it, or its config.json does not fit its weights: use models.dtype=float32, or "
                 "download the model again",
             )
@@ -55,16 +55,16 @@ def forward_paths(context: DoctorContext) -> Iterator[Finding]:
         if context.recipe.compute.sampler == "torch" and policy.decoding == "recompute":
             yield warning(
                 "decodes-without-cache",
-                f"models.{role}: transformers has no cache for a {kind} model whose rows can be selected, so that the embedded "
-                "sampler runs each sequence from its start for every token",
+                f"models.{role}: transformers has no cache with selectable rows for {kind} models, so the embedded "
+                "sampler recomputes the whole sequence for every token",
                 "nothing for short completions; else set compute.sampler=vllm if it supports the model, or take another model",
             )
         config = policy.model.config
         if config._attn_implementation == "eager" and hasattr(config.get_text_config(), "num_attention_heads"):
             yield note(
                 "eager-attention",
-                f"models.{role}: transformers' faster attention (sdpa) does not compute the attention of a {kind} model, so it "
-                "runs in plain (eager) attention, whose memory grows with the square of the length",
+                f"models.{role}: transformers' sdpa attention does not support {kind} models, so it runs in plain (eager) "
+                "attention, whose memory grows with the square of the length",
                 "nothing, or lower compute.microbatch_tokens if memory is short",
             )
 
@@ -137,10 +137,10 @@ def self_distillation(context: DoctorContext) -> Iterator[Finding]:
     if not abs(kl) < bound:
         yield error(
             "self-kl",
-            f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
+            f"models.student: its mean KL to its own frozen copy is {kl:.2g} nats a token and should be 0 (less than "
             f"{bound:g} in {dtype_name(student)})",
             precision_remedy(
-                student, "the model is random at inference, or trains in another mode than it scores: report a bug"
+                student, "the model is random at inference, or trains in a different mode than it scores: report a bug"
             ),
         )
 

@@ -3,7 +3,7 @@
 The loss of a token depends on its logits through two numbers (its log-prob and its divergence from the teacher), so the gradient
 with respect to the logits is known in closed form as soon as the logits are. Each chunk's logits are computed once, overwritten
 with their own gradient, and used for the two products that carry it to hidden states and head: three products for the student
-and one for the teacher, the minimum for any method. Memory is two chunks and the gradients, whatever the number of tokens.
+and one for the teacher, the minimum for any method. Memory is two chunks and the gradients, for any number of tokens.
 
     C  tokens of a chunk (sized for the matrix products)      R  tokens of a block (sized for the processor's cache)
 """

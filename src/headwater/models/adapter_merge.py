@@ -56,7 +56,7 @@ def merge_into(model: Any, folder: ModelFolder) -> None:
     whole = list(config.get("modules_to_save") or ())
     for module in [*whole, "token_adapter"] if config.get("trainable_token_indices") else whole:
         if not any(f".{module}." in f".{name}" for name in tensors):
-            raise UserError(f"{folder.field}: {folder.path} says that it trained {module}, and holds no weights of it")
+            raise UserError(f"{folder.field}: {folder.path} says that it trained {module}, but holds no weights of it")
     _refuse_other_vocabulary(tensors, embedding_names, folder)
     adapted_embeddings = {name: tensor for name, tensor in tensors.items() if ".token_adapter." not in name}
     if _touched(adapted_embeddings, embedding_names):

@@ -48,21 +48,21 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{model}, an encoder with a decoder; {WANTED}")
+        raise UnsupportedModelError(f"{model}, an encoder-decoder; {WANTED}")
     if kind in RANDOM_IN_TRAINING:
         raise UnsupportedModelError(f"{model}, which is random wherever it computes gradients; {WANTED}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
-            f"{model}, of which transformers {transformers.__version__} has no causal language model; {WANTED}"
+            f"{model}, for which transformers {transformers.__version__} has no causal language model; {WANTED}"
         )
     is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
-        raise UnsupportedModelError(f"{model}, an encoder, whose tokens see later tokens; {WANTED}")
+        raise UnsupportedModelError(f"{model}, an encoder, with bidirectional attention; {WANTED}")
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     window, known = getattr(config, "keep_window_size", None), getattr(config, "max_position_embeddings", None)
     if window is not None and known is not None and window < known:
         raise UnsupportedModelError(
-            f"{model}, which beyond keep_window_size {window} tokens chooses what it attends to by later tokens; {WANTED}"
+            f"{model}, whose attention beyond keep_window_size {window} tokens depends on later tokens; {WANTED}"
         )
     built = model_class.config_class or type(config)
     others = sorted(part for part in built.sub_configs if any(word in part for word in OTHER_INPUTS))

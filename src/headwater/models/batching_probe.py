@@ -46,7 +46,7 @@ def _measure(policy: Policy) -> Policy:
     other_end = _alone(policy, (*long[:BRANCH], *short[: LONG - BRANCH]))
     if not _equal(other_end[:BRANCH], alone[0][:BRANCH]):
         raise UnsupportedModelError(
-            f"{model}, in which tokens see later tokens, as in an encoder, so it cannot write text from left to right; {WANTED}"
+            f"{model}, which is not causal, so it cannot generate text from left to right; {WANTED}"
         )
     pads = not _selects_tokens(policy) and _padding_is_exact(policy, (long, short), alone)
     adapted = (

@@ -177,7 +177,7 @@ def _refuse_far_larger(folder: ModelFolder) -> None:
     if described > per_number * stored_numbers + SMALL_MODEL:
         raise UserError(
             f"{folder.field}: {folder.name} cannot be loaded (its config.json describes a model of {described:,} weights, and its "
-            f"files hold {stored_numbers:,}; a size that config.json leaves out is that of a large model)"
+            f"files hold {stored_numbers:,}; sizes missing from config.json default to those of a large model)"
         )
     buffers = folder.shape.buffer_bytes
     if buffers > per_number * 4 * stored_numbers + LARGE_BUFFERS:

@@ -2,7 +2,7 @@
 
 Under `longrope` (Phi-3, Phi-4) and `dynamic` NTK scaling transformers computes the angles of every position, the first one too, from
 the longest sequence of the batch. Beyond a length the log-probs of one row then depend on the other rows of the batch, and keys that a
-sampler cached before are those of another model. Nothing is exact across that length, so it is not crossed.
+sampler cached before are those of another model. Results are not exact across that length, so no run crosses it.
 """
 
 from __future__ import annotations

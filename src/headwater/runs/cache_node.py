@@ -45,7 +45,7 @@ def cache_node(node: CacheNode, context: NodeContext) -> dict[str, Any]:
         cut = sum(not teacher.pair.is_whole(rollout) for rollout in sampled)
         if cut:
             context.progress.say(
-                f"{folder.name}: {cut} of {len(sampled)} rollouts end before a text that the student's tokenizer does not give back"
+                f"{folder.name}: {cut} of {len(sampled)} rollouts are cut before text that the student's tokenizer does not round-trip"
             )
     with after_step(0):
         refuse_nan(sampled)

@@ -1,4 +1,4 @@
-"""What shows progress to the user: the interface between a run and its display, without torch, so that a first line appears at once."""
+"""Interface between a run and its progress display; torch-free, so that the first line appears at once."""
 
 from __future__ import annotations
 

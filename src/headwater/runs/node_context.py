@@ -1,4 +1,4 @@
-"""What a node runs with: the plan, the run's inputs, its folder, its processes, and its progress."""
+"""Context of a running node: the plan, the run's inputs, its folder, its processes, and its progress."""
 
 from __future__ import annotations
 

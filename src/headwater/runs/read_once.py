@@ -1,4 +1,4 @@
-"""Memoized reading of inputs: each is read on first use, and its error is kept like its value."""
+"""Memoized inputs: each is read on first use, and an error is cached like a value."""
 
 from __future__ import annotations
 

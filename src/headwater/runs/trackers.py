@@ -1,6 +1,6 @@
 """Forward a run's step metrics to TensorBoard, Weights & Biases, Trackio or a user's function while it runs.
 
-Trackers read metrics.jsonl, so the training loop does not know about them, whichever process runs a node.
+Trackers read metrics.jsonl, so the training loop does not know about them, in any process.
 """
 
 from __future__ import annotations

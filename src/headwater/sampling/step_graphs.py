@@ -1,7 +1,7 @@
 """CUDA graphs for decode steps: one graph launch instead of hundreds of kernel launches.
 
 A graph replays fixed operations on fixed memory, so a step must read and write only tensors that stay where they are, and a graph
-holds for one number of rows and of columns. Both are rounded up, so that few graphs serve all steps.
+is valid for one number of rows and of columns. Both are rounded up, so that few graphs serve all steps.
 """
 
 from __future__ import annotations

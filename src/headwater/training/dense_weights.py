@@ -1,4 +1,4 @@
-"""Weights of the teacher's signal: by prompt, by position in the completion, and by what student and teacher say of a token."""
+"""Weights of the teacher's signal: by prompt, by position in the completion, and by a token's entropy and divergence."""
 
 from __future__ import annotations
 

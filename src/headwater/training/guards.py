@@ -279,18 +279,18 @@ UNCHANGED = "unchanged_teacher"
 def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str], None]) -> str | None:
     """Warn at the end of a teacher's stage in which no step had a gradient; returns why the stage must stop instead, or None.
 
-    What the student distils afterwards is then the teacher as it was before the labels.
+    What the student distills afterwards is then the teacher as it was before the labels.
     """
     rows = [row for row in read_jsonl(stage.folder.metrics) if "informative" in row]
     if guards.unchanged_teacher == "off" or not rows or any(row["informative"] or row.get("grad_norm") for row in rows):
         return None
     outcomes = stage.over(int(row["step"]) for row in rows)
     sentence = (
-        f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student distils the teacher as it was before the labels: "
+        f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student distills the teacher as it was before the labels: "
         f"{outcomes.remedy(stage.field)}"
     )
     if guards.unchanged_teacher == "stop":
-        return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it all the same)"
+        return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distill it anyway)"
     warn(sentence)
     if not any(row["guard"] == UNCHANGED for row in read_jsonl(stage.folder.warnings)):  # of an interrupted end
         alarm = Alarm(UNCHANGED, int(rows[-1]["step"]), 0.0, 0.0, len(rows), "warn")
@@ -325,5 +325,5 @@ def no_signal(
     return (
         f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
         f"{outcomes.because(stage.max_tokens)}; {labels} labels were used{rest}; "
-        f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on all the same)"
+        f"{outcomes.remedy(stage.field)} (or set guards.no_signal=continue to train on anyway)"
     )

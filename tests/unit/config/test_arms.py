@@ -335,7 +335,7 @@ def test_every_prompt_is_refused_beside_privileged_contexts() -> None:
     arm_of("bridge", recipe)
     with pytest.raises(UserError, match=r"prompt.teacher.privileged: contexts may hold answers that the budget"):
         arm_of("bridge_plus", recipe)
-    with pytest.raises(UserError, match=r"every does not go with prompt.teacher.privileged"):
+    with pytest.raises(UserError, match=r"every cannot be combined with prompt.teacher.privileged"):
         recipe_with("data.labeled={path: train.jsonl}", *privileged, "stages.opd.prompts=every")
 
 

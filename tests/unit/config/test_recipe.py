@@ -237,7 +237,7 @@ def test_every_prompt_needs_stage_without_labels() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lora": {"roles": ["student"]}}, "lora.roles: the adapter of a stage is of the role"),
+        ({"lora": {"roles": ["student"]}}, "lora.roles: a stage's adapter belongs to the role"),
         ({"lora": {"output": "adapter"}}, "lora.output: the adapter of a stage is merged"),
         (
             {"lora": {"r": 4}, "dense": {"teacher_weights": {"start": 1}, "start_update": {"every": 2}}},

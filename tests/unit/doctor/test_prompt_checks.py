@@ -147,7 +147,7 @@ def test_problem_spelling_template_is_named(tmp_path: Path, spelt: int, severity
     context = context_of(tmp_path, plain("1+1", *texts), tokenizer_of())
     problem = next(problem for problem in context.inputs.all_problems if problem.text == texts[0])
     finding = only(list(prompt_checks.spelt_templates(context)), "chat-template-twice", severity)
-    assert f"data.labeled: {spelt} of {spelt + 1} problems spell a chat template" in finding.evidence
+    assert f"data.labeled: {spelt} of {spelt + 1} problems contain a chat template" in finding.evidence
     assert f"<|im_start|> in problem {problem.id} of {tmp_path / 'rows.jsonl'}, row 2" in finding.evidence
     assert "prompt.chat=false" in finding.remedy
     raw = context_of(tmp_path, plain("1+1", *texts), tokenizer_of(), "prompt.chat=false")

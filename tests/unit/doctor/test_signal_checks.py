@@ -54,7 +54,7 @@ def test_student_as_its_own_teacher_is_warning_with_kl_and_steps(copied: bool, t
     (finding,) = findings(teacher_is_student, ["raw_teacher"], same)
     assert (finding.name, finding.severity) == ("teacher-is-student", "warning")
     assert "KL(student‖teacher) is 0 nats a token" in finding.evidence
-    assert "warmup (2 steps) and opd (2 steps) distil it as it is: they would change nothing" in finding.evidence
+    assert "warmup (2 steps) and opd (2 steps) distill it as it is: they would change nothing" in finding.evidence
     assert "direct_grpo" in finding.remedy
 
 
@@ -91,9 +91,9 @@ def test_start_as_only_teacher_in_same_words_is_warning(
     [
         (
             ["raw_teacher"],
-            "warmup (2 steps) and opd (2 steps) distil models.teacher as it is; 16 labels could train it first",
+            "warmup (2 steps) and opd (2 steps) distill models.teacher as it is; 16 labels could train it first",
         ),
-        (["opd_then_rl"], "opd (2 steps) distil models.teacher as it is; 16 labels could train it first"),
+        (["opd_then_rl"], "opd (2 steps) distill models.teacher as it is; 16 labels could train it first"),
         (["raw_teacher", "bridge"], None),  # the study compares both
         (["bridge"], None),
         (["direct_grpo"], None),

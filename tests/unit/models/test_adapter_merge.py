@@ -206,7 +206,7 @@ def test_pissa_adapter_converted_by_peft_merges(tmp_path: Path) -> None:
         ({"r": 2}, "does not fit its base model"),
         ({"use_dora": True}, "does not fit its base model"),
         ({"lora_bias": True}, "does not fit its base model"),
-        ({"modules_to_save": ["lm_head"]}, "says that it trained lm_head, and holds no weights of it"),
+        ({"modules_to_save": ["lm_head"]}, "says that it trained lm_head, but holds no weights of it"),
         ({"trainable_token_indices": [1]}, "holds no weights of it"),
         ({"rank_pattern": {"v_proj": 4, "q_proj": 8}}, "does not fit its base model"),
     ],

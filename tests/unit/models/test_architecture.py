@@ -20,12 +20,12 @@ IDS = torch.tensor([[1, 6, 15, 7, 2, 9, 3]])
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("bert", "an encoder, whose tokens see later tokens"),
-        ("xlm-roberta", "an encoder, whose tokens see later tokens"),
-        ("t5", "an encoder with a decoder"),
-        ("bart", "an encoder with a decoder"),
-        ("vit", "of which transformers"),
-        ("qwen2_vl", "of which transformers"),
+        ("bert", "an encoder, with bidirectional attention"),
+        ("xlm-roberta", "an encoder, with bidirectional attention"),
+        ("t5", "an encoder-decoder"),
+        ("bart", "an encoder-decoder"),
+        ("vit", "for which transformers"),
+        ("qwen2_vl", "for which transformers"),
         ("gemma3", "which reads more than text"),
         ("reformer", "which is random wherever it computes gradients"),
         ("unheard_of", "does not know; upgrade transformers"),

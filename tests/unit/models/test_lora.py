@@ -344,7 +344,7 @@ def test_missing_package_is_refused_in_one_sentence(qwen3_folder: Path) -> None:
     ("change", "message"),
     [
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
-        ({"modules_to_save": ["lm_head"]}, "says that it trained lm_head, and holds no weights of it"),
+        ({"modules_to_save": ["lm_head"]}, "says that it trained lm_head, but holds no weights of it"),
         ({"use_dora": True}, "does not fit its base model"),
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all is no folder here"),

@@ -146,7 +146,7 @@ def test_teacher_without_gradient_is_warned_of_once(informative: float, grad_nor
             set(sentences) == {warnings[0]["sentence"]}
             and "as it was before the labels: use easier problems" in sentences[0]
         )
-        assert str(stop).endswith("(or set guards.unchanged_teacher=warn to distil it all the same)")
+        assert str(stop).endswith("(or set guards.unchanged_teacher=warn to distill it anyway)")
     assert unchanged_teacher(Guards.model_validate({"unchanged_teacher": "off"}), stage, sentences.append) is None
 
 
@@ -161,7 +161,7 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
         "no informative group in 3 steps, so reward gives no gradient: 100 % of the completions were wrong; 12 labels were used, "
         "and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model, a lower "
         "stages.teacher_rl.sampling.temperature or a larger stages.teacher_rl.group_size "
-        "(or set guards.no_signal=continue to train on all the same)"
+        "(or set guards.no_signal=continue to train on anyway)"
     )
     solved = str(no_signal_guard(tmp_path, right=True)(silent(3, reward=1.0)))
     assert "100 % of the completions were right" in solved and "use harder problems" in solved
