@@ -98,8 +98,8 @@ class Compute(Strict):
     grader_seconds: Seconds = 2.0
     """Time limit for grading one completion, which is then graded wrong."""
     sandbox: Literal["required", "optional"] = "required"
-    """Task `python`: `required` refuses a machine without the sandbox's system-call filter; `optional` runs completions anyway,
-    which can then harm it (docs/safety.md)."""
+    """Task `python`: `required` refuses a machine without the sandbox's system-call filter; `optional` runs completions there
+    too, where they can harm it (docs/safety.md)."""
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
     keep_checkpoints: bool = False

@@ -99,8 +99,9 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
     cost = continuations.memorization_cost(measures.passes)
     margin = continuations.lead - cost - MIN_LEAD
     because = (
-        f"continuing the first quarter of its right answers, the teacher ends right {_percent(continuations.teacher.mean)} of the "
-        f"time, the student {_percent(continuations.student.mean)}; of this lead of {100 * continuations.lead:.0f} points the bridge "
+        f"continuing the first quarter of the teacher's right answers, the teacher is right "
+        f"{_percent(continuations.teacher.mean)} of the time, the student "
+        f"{_percent(continuations.student.mean)}; of this lead of {100 * continuations.lead:.0f} points the bridge "
         f"would lose about {100 * cost:.0f} ({continuations.kl:.2f} nats a token to learn, each cached rollout trained on "
         f"{measures.passes:.1f} times), and {100 * MIN_LEAD:.0f} are what the student's own RL would recover"
     )

@@ -362,13 +362,13 @@ def _best_seconds(work: Callable[[], object]) -> float:
 
 def device_here(device: torch.device, dtype: torch.dtype) -> Device:
     """The device of this process as `runs.hardware.Device`: its measured rates, and the memory that is free."""
-    flops, bandwidth = _rates(device, dtype)
+    flops, bandwidth = _rates(device, dtype, torch.get_num_threads())
     return Device(flops, free_memory(device) or 0.0, bandwidth, "measured")
 
 
 @cache
-def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s, bytes/s) of a device, measured in half a second, once per process.
+def _rates(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[float, float]:
+    """(FLOP/s, bytes/s) of a device, measured for MEASURED_SECONDS each, once per process and number of torch's threads.
 
     `dtype` is that of the matrix products: bfloat16 is four times faster than float32 on some CPUs and ten times slower on others.
     """

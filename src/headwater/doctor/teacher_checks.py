@@ -224,7 +224,7 @@ def servers(context: DoctorContext) -> Iterator[Finding]:
                     f"more, are {needed}",
                     f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
                 )
-        for top_k in dict.fromkeys(top_k_of(stage) or 0 for stage in stages):
+        for top_k in dict.fromkeys(top_k_of(stage) for stage in stages):
             teacher = served_teacher(context, role, top_k)
             try:
                 check_scoring(teacher, teacher.tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])

@@ -103,7 +103,8 @@ class TaggedTeachers:
     """Several teachers, each for the problems of its tag.
 
     tags   problem id -> tag
-    top_k  tokens kept of each distribution, so that served and local teachers give one form; None if all are local
+    top_k  tokens kept of each distribution, so that served and local teachers give one form; 0: the sampled token; None if all are
+           local
     candidates  who chooses them, where the rollouts have candidates of the student
     """
 
@@ -141,6 +142,10 @@ class TaggedTeachers:
         """What a server would have given of a local teacher's distributions."""
         if self.top_k is None or isinstance(scored, TopK):
             return scored
+        if self.top_k == 0:
+            known, ids_N = scored.materialize(), torch.tensor(rollout.completion_ids, device=self.device)
+            assert isinstance(known, Exact)
+            return TopK(ids_N[:, None], known.token_logp(ids_N)[:, None])
         if self.candidates == "teacher" or rollout.candidates is None:
             return truncate_to_top_k(scored, self.top_k)
         known, ids_NK = scored.materialize(), torch.from_numpy(rollout.candidates).long().to(self.device)
@@ -238,7 +243,7 @@ def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, 
     served_model = server_client.connect(name, field, recipe.compute.server)
     models, field_of_ids = recipe.models, "student" if recipe.models.teacher_tokenizer is None else "teacher_tokenizer"
     folder = ModelFolder.open(getattr(models, field_of_ids), f"models.{field_of_ids}", models.trust_remote_code)
-    width, top_k = int(folder.config.get_text_config().vocab_size), top_k_of(stage) or 0
+    width, top_k = int(folder.config.get_text_config().vocab_size), top_k_of(stage)
     teacher = ServedTeacher(served_model, folder.tokenizer, width, folder.stop_ids, device, top_k)
     candidates = "teacher" if stage is None else stage.dense.candidates
     if candidates == "teacher" or refuses_candidates(served_model) is not None:
@@ -246,8 +251,6 @@ def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, 
     return replace(teacher, candidates=candidates)
 
 
-def top_k_of(stage: Stage | None) -> int | None:
-    """Tokens per position that a served teacher is asked for: the divergence's top-k; None for the sampled token only."""
-    if stage is None or not stage.dense.exact:
-        return None
-    return stage.dense.top_k
+def top_k_of(stage: Stage | None) -> int:
+    """Tokens per position that a served teacher is asked for: the divergence's top-k; 0 for the sampled token only."""
+    return stage.dense.top_k or 0 if stage is not None and stage.dense.exact else 0

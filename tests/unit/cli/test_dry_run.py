@@ -11,6 +11,7 @@ from rich.console import Console
 from headwater.cli.dry_run import cost_table, json_row, memory_advice, memory_table, notes, print_dry_run, shares
 from headwater.cli.options import DryRunOptions, dry_run_options
 from headwater.config.builtin import find_recipe
+from headwater.doctor import fit
 from headwater.doctor.fit import device_here
 from headwater.runs.hardware import DEVICES, Device
 from headwater.runs.memory_estimate import DeviceMemory
@@ -150,6 +151,20 @@ def test_shares_of_same_name_are_one_range() -> None:
         "opd.s0 25–50%, warmup.s0 10%, opd.s1 50%"
     )
     assert shares([]) == ""
+
+
+def test_rates_are_measured_once_for_each_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`headwater grpo` fits its recipe before it sets the recipe's threads; its dry run must not take those rates."""
+    measured: list[int] = []
+    monkeypatch.setattr(fit, "_best_seconds", lambda work: measured.append(torch.get_num_threads()) or 1.0)
+    fit._rates.cache_clear()
+    try:
+        for threads in (2, 1, 1):
+            torch.set_num_threads(threads)
+            device_here(torch.device("cpu"), torch.float32)
+    finally:
+        fit._rates.cache_clear()
+    assert measured == [2, 2, 1, 1]
 
 
 def test_rates_of_this_machine_are_plausible() -> None:

@@ -11,7 +11,7 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.runs.node import Node
+from headwater.runs.node import Node, TrainNode
 from headwater.runs.plan import Plan, make_plan
 from headwater.storage.run_dir import RunDir
 
@@ -360,9 +360,9 @@ def test_fingerprints_hold_day_for_clock_templates_only() -> None:
         assert same or len({name, first.names[node], other.names[node]}) == 3
 
 
-def opd_node(weights: str, arm: str = "bridge") -> Node:
+def opd_node(weights: str, arm: str = "bridge") -> TrainNode:
     plan = plan_of(f"stages.opd.dense.teacher_weights={weights}", arms=(arm,))
-    return next(node for node in chain(plan, arm) if node.stage == "opd")
+    return next(node for node in chain(plan, arm) if isinstance(node, TrainNode) and node.stage == "opd")
 
 
 def test_scorers_are_models_with_weights_of_composed_teacher() -> None:

@@ -59,7 +59,7 @@ def test_requests_are_sampled_by_tagged_teacher_as_alone() -> None:
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
 def test_two_teachers_in_batch_give_summed_gradients_of_each(policy: Policy, divergence: str, cut: int | None) -> None:
     if cut and divergence == "sampled":
-        pytest.skip("a token outside the kept ones has no log-prob of its own")
+        cut = 0  # a token outside the kept ones has no log-prob of its own
     stage = stage_of("opd", dense={"divergence": divergence})
     rows_ = [
         Row(replace(row.rollout, problem_id="ab"[index % 2]))

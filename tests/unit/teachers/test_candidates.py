@@ -14,14 +14,18 @@ from torch import Tensor
 
 from headwater.config.compute import Server
 from headwater.config.dense import Candidates
+from headwater.distributed.process_group import SINGLE_PROCESS
 from headwater.errors import TrainingStoppedError
 from headwater.losses import token_losses
+from headwater.losses.batch import Row
 from headwater.losses.materialized import Exact, TopK
 from headwater.models.policy import Policy
+from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.build import TaggedTeachers
 from headwater.teachers.scoring import distributions_of, top_tokens
 from headwater.teachers.served_teacher import ServedTeacher, refuses_candidates, union
 from headwater.teachers.server_client import connect
+from headwater.training.teacher_contrast import contrast_metrics
 from headwater.types import Rollout
 from serving import Answering, serving
 from tiny import CPU, gradient_of, largest, sampled_rows, stage_of, tiny_policy
@@ -122,6 +126,21 @@ def test_local_teacher_by_tag_gives_form_of_served_one(policy: Policy, candidate
         assert isinstance(ours, TopK) and isinstance(single, TopK) and torch.equal(ours.ids_NK, single.ids_NK)
         torch.testing.assert_close(ours.logp_NK, single.logp_NK, atol=1e-5, rtol=0.0)
         assert (ours.count_N is None) == (single.count_N is None)
+
+
+def test_local_teacher_by_tag_gives_sampled_token_as_served_one(policy: Policy) -> None:
+    """A batch, and the metric over a step, take rows of both."""
+    teacher, rollouts = tiny_policy(seed=1), chosen_by(policy)
+    tags = {rollout.problem_id: "here" if index < 4 else "there" for index, rollout in enumerate(rollouts)}
+    with serving(Answering(teacher)) as there:
+        remote = replace(served(there.url, policy, "teacher"), top_k=0)
+        tagged = TaggedTeachers({"here": teacher, "there": remote}, tags, TorchSampler, 0)
+        mixed, alone = tagged.distributions(rollouts, 64), remote.distributions(rollouts, 64)
+    for ours, single in zip(mixed, alone, strict=True):
+        assert isinstance(ours, TopK) and isinstance(single, TopK) and torch.equal(ours.ids_NK, single.ids_NK)
+        torch.testing.assert_close(ours.logp_NK, single.logp_NK, atol=1e-5, rtol=0.0)
+    rows = [Row(rollout, teacher=given) for rollout, given in zip(rollouts, mixed, strict=True)]
+    assert 0.0 < contrast_metrics(rows, policy.vocabulary, SINGLE_PROCESS)["teacher_contrast"] < 1.0
 
 
 def test_server_without_endpoint_refuses_in_its_words(policy: Policy) -> None:
