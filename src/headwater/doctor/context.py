@@ -152,9 +152,8 @@ class DoctorContext:
     def _supervised(self) -> Iterator[tuple[TrainNode, Stage, Role]]:
         """The nodes that train with a teacher, their settings, and the base model of that teacher."""
         for node, stage in self.training:
-            teacher = node.teacher if node.cache is None else node.cache.start
-            if stage.needs_teacher and teacher is not None:
-                yield node, stage, base_of(teacher)
+            if stage.needs_teacher and node.supervisor is not None:
+                yield node, stage, base_of(node.supervisor)
 
     @property
     def distillations(self) -> Mapping[tuple[str, str], bool]:

@@ -47,7 +47,7 @@ def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumpti
 
 def condition_schedule(node: TrainNode, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
     """When a stage of `steps` steps measures condition C2, and the share of the stage's FLOPs that this costs at most."""
-    roles = {base_of(source) for source in (node.start, node.supervisor) if source is not None}
+    roles = {base_of(source) for source in (node.start, node.c2_teacher) if source is not None}
     estimator = Estimator(plan, inputs, model_shapes(inputs, tuple(roles)))
     return estimator.condition_schedule(node, steps), estimator.condition_share(node, steps)
 
@@ -235,7 +235,7 @@ class Estimator:
 
     def condition_schedule(self, node: TrainNode, steps: int) -> Schedule:
         """When condition C2 is measured: as the recipe says, within its `conditions.max_share` of the stage's FLOPs."""
-        settings, teacher = self.inputs.recipe.conditions, node.supervisor
+        settings, teacher = self.inputs.recipe.conditions, node.c2_teacher
         whole = Schedule(0 if teacher is None else len(self.inputs.condition_problems), settings.every)
         if settings.max_share is None or whole.problems == 0:
             return whole
@@ -250,7 +250,7 @@ class Estimator:
 
     def condition_cost(self, node: TrainNode, schedule: Schedule, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measuring condition C2 in a stage of this many steps."""
-        teacher = node.supervisor
+        teacher = node.c2_teacher
         if teacher is None:
             return 0, 0, 0.0
         rows = schedule.measurements(steps) * schedule.problems
@@ -274,7 +274,7 @@ class Estimator:
             return model_bytes(None, 0, False, [shape], width)
         stage, (adapter, _), lora = node.settings, self.adapter_size(node), node.lora(self.inputs.recipe)
         queried = set(node.scorers())
-        teacher = node.supervisor
+        teacher = node.c2_teacher
         if teacher is not None and self.inputs.recipe.conditions.problems:
             queried.add(teacher)
         if stage.on_policy and stage.needs_reference:

@@ -125,10 +125,13 @@ class TrainNode(StageNode):
 
     @property
     def supervisor(self) -> Role | TrainNode | None:
-        """The teacher of a student's stage, live or as cached rollouts."""
-        if self.role != "student":
-            return None
+        """Its teacher, live or as cached rollouts; None for a stage without one."""
         return self.teacher if self.cache is None else self.cache.start
+
+    @property
+    def c2_teacher(self) -> Role | TrainNode | None:
+        """The teacher with which condition C2 compares a student; None for a stage that has none or trains another role."""
+        return self.supervisor if self.role == "student" else None
 
     def lora(self, recipe: Recipe) -> Lora | None:
         """The LoRA settings of this node, its stage's own or its role's; None where it trains all weights."""

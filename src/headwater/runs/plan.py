@@ -180,6 +180,9 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
             # The rollouts of a cache are in the ids of their reader, and the form decides what it holds.
             dense = node.settings.dense
             fields["aligned"] = [of(node.learner), dense.tokenizers, dense.divergence, recipe.models.teacher_tokenizer]
+    if isinstance(node, CacheNode):  # only the teacher's sampling and storage, so that students share it
+        sampled, dense = node.settings.sampling.model_dump(), node.settings.dense
+        fields["settings"] = {"samples": node.settings.group_size, "sampling": sampled, "top_k": dense.top_k}
     if isinstance(node, TrainNode):
         fields |= _train_fields(node, recipe, content) | {"teacher": of(node.teacher), "cache": of(node.cache)}
         if node.compute is not None:
@@ -193,12 +196,6 @@ def _stage_fields(node: StageNode, recipe: Recipe, content: Mapping[str, Any]) -
         "pool": content["pools"][node.pool],
         "labels": content["labels"][node.pool] if stage.needs_labels else None,
         "unlabeled": None if stage.needs_labels else content["unlabeled"],
-        # Of a cache only the teacher's sampling and storage, so that students share it.
-        "settings": {
-            "samples": stage.group_size,
-            "sampling": stage.sampling.model_dump(),
-            "top_k": stage.dense.top_k,
-        },
     }
     if node.pool != "all":  # a stage on a half counts its epochs over the smaller half
         fields["halves"] = [len(content["pools"][half]) for half in ("first_half", "second_half")]

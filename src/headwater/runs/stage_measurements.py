@@ -106,7 +106,7 @@ class StageMeasurements:
     @cached_property
     def _cost(self) -> tuple[Schedule, float]:
         """When condition C2 is measured, and its share of the stage's FLOPs; it depends on nothing that a resume changes."""
-        if self.node.supervisor is None or not self.context.inputs.condition_problems:
+        if self.node.c2_teacher is None or not self.context.inputs.condition_problems:
             return Schedule(0, 1), 0.0
         return condition_schedule(self.node, self.context.plan, self.context.inputs, self.context.steps(self.node))
 
@@ -116,7 +116,7 @@ class StageMeasurements:
 
     def _say_what_is_measured(self) -> None:
         """Tell the user what measuring costs where that is much, and where less is measured than the recipe's defaults."""
-        if self.node.supervisor is None or not self.context.inputs.condition_problems:
+        if self.node.c2_teacher is None or not self.context.inputs.condition_problems:
             return
         wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
         settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
@@ -141,7 +141,7 @@ class StageMeasurements:
     @cached_property
     def _teacher(self) -> tuple[Supervisor, list[Rollout]]:
         """The stage's teacher and its rollouts, sampled once."""
-        source = self.node.supervisor
+        source = self.node.c2_teacher
         assert source is not None
         teacher = self.load_teacher(source)
         if isinstance(teacher, TranslatedTeacher) and teacher.form in ("spans", "sorted"):
